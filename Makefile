@@ -1,0 +1,53 @@
+# The one way to set up: uv in .uv/, the environment in .venv/, both from requirements.lock.
+# PYTHON is the interpreter that the environment is made from (3.11 or newer).
+PYTHON ?= python3
+UV := .uv/bin/uv
+# As pip does, uv trusts what the system trusts, a company's own mirror included.
+export UV_SYSTEM_CERTS ?= true
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lab lock upgrade
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup: .venv/.installed ## the environment in .venv/ (demo, test and lab do this first)
+	@:
+
+demo: setup ## the whole way on synthetic sections, on a CPU: salt demo
+	@.venv/bin/salt demo
+
+test: setup ## all tests
+	@.venv/bin/python -m pytest -n 2 --dist worksteal --durations 10
+
+lab: setup ## JupyterLab; its Python kernel is the one with saltlib
+	@.venv/bin/jupyter lab
+
+lock: $(UV) ## recompile requirements.lock from settings.ini, keeping the versions that still fit
+	@$(COMPILE)
+
+upgrade: $(UV) ## recompile requirements.lock with the newest versions
+	@$(COMPILE) --upgrade
+
+# One version of each package for every Python from 3.11 on and every platform; no addresses.
+COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --no-strip-extras --generate-hashes \
+	--no-annotate --custom-compile-command "make lock" --all-extras pyproject.toml --output-file requirements.lock
+
+# uv itself comes from the lock: its lines go from "uv==" to the first one without a backslash.
+$(UV): requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit("saltlib needs Python 3.11 or newer: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -m venv .uv
+	@awk '/^uv==/,!/\\$$/' requirements.lock > .uv/requirements.txt
+	@.uv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement .uv/requirements.txt
+	@touch $@
+
+.venv/bin/python: | $(UV)
+	@$(UV) venv --quiet --python $(PYTHON) .venv
+
+.venv/.synced: requirements.lock $(UV) | .venv/bin/python
+	@echo "installing the environment into .venv (about 6 GB) ..."
+	@$(UV) pip sync --quiet --python .venv --require-hashes requirements.lock
+	@touch $@
+
+.venv/.installed: .venv/.synced settings.ini setup.py pyproject.toml
+	@$(UV) pip install --quiet --python .venv --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,29 @@
+"""Hands the metadata in settings.ini to setuptools."""
+
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+config = ConfigParser(delimiters=["="])
+config.read("settings.ini", encoding="utf-8")
+settings = config["DEFAULT"]
+
+setup(
+    version=settings["version"],
+    description=settings["description"],
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=settings["author"],
+    author_email=settings["author_email"],
+    url=settings["git_url"],
+    keywords=settings["keywords"].split(),
+    license={"apache2": "Apache-2.0"}[settings["license"]],
+    packages=find_packages(include=[settings["lib_path"], f"{settings['lib_path']}.*"]),
+    install_requires=settings["requirements"].split(),
+    extras_require={"dev": settings["dev_requirements"].split()},
+    entry_points={
+        "console_scripts": settings["console_scripts"].split(),
+        "nbdev": [f"{settings['lib_name']}={settings['lib_path']}._modidx:d"],
+    },
+)

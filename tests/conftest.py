@@ -1,0 +1,47 @@
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Two workers share two cores: threads inside them would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def git(folder: Path, *args: str) -> str:
+    command = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org", *args]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def clone(tmp_path):
+    "A repository with the files of the working tree as its only commit: tests may change it, and ask git what changed."
+    for name in git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0"):
+        if (source := ROOT / name).is_file():
+            target = tmp_path / "clone" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+    git(tmp_path / "clone", "init", "--quiet")
+    commit(tmp_path / "clone")
+    return tmp_path / "clone"
+
+
+def commit(folder: Path):
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "state")
+
+
+def changes(folder: Path) -> str:
+    "What differs from the commit, '' if nothing does."
+    return git(folder, "status", "--porcelain") + git(folder, "diff")
+
+
+@pytest.fixture(scope="session")
+def tgs() -> Path:
+    "The folder of the competition's data."
+    if not (folder := os.environ.get("SALT_TGS_DIR")):
+        pytest.skip("needs the competition's data: set SALT_TGS_DIR to its folder")
+    return Path(folder)

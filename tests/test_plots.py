@@ -1,0 +1,142 @@
+"Pictures: every function copes with the edges of its data, and the files stay small."
+
+import io
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import cv2
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from saltlib import plots
+from saltlib.metrics import scores_by_class
+from saltlib.synthetic import make_section
+
+
+@pytest.fixture(autouse=True)
+def no_figure_left():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def tiles():
+    "12 tiles of a synthetic section, the first painted free of salt, with smooth predictions and ids."
+    cut = lambda section: section.reshape(3, 101, 4, 101).swapaxes(1, 2).reshape(-1, 101, 101)
+    image, mask = make_section(seed=4, height_tiles=3, width_tiles=4)
+    masks, probs = cut(mask), cut(cv2.GaussianBlur(mask.astype("float32"), (0, 0), 5))
+    masks[0] = probs[0] = 0
+    return cut(image), masks, probs, np.array([f"{k:010x}" for k in range(12)])
+
+
+def png(figure) -> int:
+    "Size of the picture in bytes."
+    figure.savefig(stored := io.BytesIO())
+    return stored.getbuffer().nbytes
+
+
+def texts(figure) -> str:
+    "All that is written in a picture."
+    return " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+
+
+def history(epochs: int) -> pd.DataFrame:
+    rows = np.arange(epochs)
+    return pd.DataFrame({"epoch": rows, "train_loss": 1 / (rows + 1), "valid_loss": 1.1 / (rows + 1), "mAP": rows / 100, "lr": 1e-3, "tiles_per_second": 30.0, "seconds": 60.0})
+
+
+def test_grid_of_12_tiles_stays_small(tiles):
+    images, masks, probs, ids = tiles
+    figure = plots.plot_tiles(images, masks, probs, ids, np.linspace(0, 1, 12))
+    assert png(figure) < 200_000
+    written = texts(figure)
+    assert all(name in written for name in ids) and "0.09" in written and "true salt" in written and "predicted salt" in written
+
+
+@pytest.mark.parametrize("n", [0, 1, 7])
+@pytest.mark.parametrize("with_masks", [False, True])
+@pytest.mark.parametrize("with_probs", [False, True])
+def test_tiles_of_any_number_and_kind(tiles, n, with_masks, with_probs, recwarn):
+    images, masks, probs, ids = (part[:n] for part in tiles)
+    figure = plots.plot_tiles(images, masks if with_masks else None, probs if with_probs else None, ids)
+    png(figure)
+    assert len([ax for ax in figure.axes if ax.images]) == n
+    assert ("true salt" in texts(figure)) == with_masks and ("predicted salt" in texts(figure)) == with_probs
+    assert not [warning for warning in recwarn if "contour" in str(warning.message).lower()]
+
+
+def test_empty_and_full_masks_are_drawn_without_a_warning(tiles, recwarn):
+    images = tiles[0][:3]
+    masks = np.stack([np.zeros((101, 101), bool), np.ones((101, 101), bool), np.eye(101, dtype=bool)])
+    png(plots.plot_tiles(images, masks, masks.astype("float16")))
+    assert not list(recwarn)
+
+
+def test_outline_follows_the_mask(tiles):
+    "The outline of a square lies half-way between the pixels inside and outside, and closes along the tile's edge."
+    mask = np.zeros((1, 101, 101), bool)
+    mask[0, 20:60, 30:] = True
+    figure = plots.plot_tiles(tiles[0][:1], mask)
+    (outline,) = [path for artist in figure.axes[0].collections for path in artist.get_paths()]
+    x, y = outline.vertices.T
+    assert (y.min(), y.max(), x.min(), x.max()) == (19.5, 59.5, 29.5, 100.5)
+    assert np.array_equal(outline.vertices[0], outline.vertices[-1])
+
+
+@pytest.mark.parametrize("shape", [(101, 101), (202, 808), (505, 101)])
+def test_section_of_any_shape(shape):
+    image, mask = np.full(shape, 128, np.uint8), np.zeros(shape, bool)
+    for probs in (None, np.full(shape, 0.7)):
+        figure = plots.plot_section(image, mask, probs)
+        png(figure)
+        assert figure.axes[0].get_xlabel() == "trace" and figure.axes[0].yaxis_inverted()  # depth grows downwards
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 30])
+def test_history(epochs):
+    figure = plots.plot_history(history(epochs))
+    png(figure)
+    assert f"best {(epochs - 1) / 100:.3f} (epoch {epochs - 1})" in texts(figure) and f"{epochs:.1f} min" in texts(figure)
+
+
+def test_histories_have_a_panel_a_phase_and_a_line_a_fold():
+    names = [f"round{r} {phase} fold {k}" for r in (1, 2) for phase in ("compact", "v4") for k in range(3)]
+    figure = plots.plot_histories({name: history(3) for name in names})
+    png(figure)
+    shown = [ax for ax in figure.axes if ax.get_visible()]
+    assert [ax.get_title() for ax in shown] == ["round1 compact", "round1 v4", "round2 compact", "round2 v4"]
+    assert all(len(ax.lines) == 3 for ax in shown)
+
+
+def test_threshold_curve_names_the_threshold_in_use_and_the_best():
+    figure = plots.plot_threshold_curve(np.array([0.3, 0.4, 0.5, 0.6]), np.array([0.70, 0.75, 0.74, 0.60]))
+    png(figure)
+    assert "in use: 0.5, mAP 0.740" in texts(figure) and "best here: 0.4, mAP 0.750" in texts(figure)
+
+
+def test_scores_by_class_match_by_class_not_by_order(tiles):
+    _, masks, probs, _ = tiles
+    full = scores_by_class(probs > 0.5, masks)
+    some = full[full["tiles"] > 0].reset_index()[["class", "tiles", "mAP"]]  # only classes that have tiles, in a column
+    heights = [[bar.get_height() for bar in plots.plot_scores_by_class(table).axes[0].patches] for table in (full, some, some[::-1])]
+    assert np.allclose(heights[0], heights[1], equal_nan=True) and np.allclose(heights[0], heights[2], equal_nan=True)
+    assert heights[0][0] == full['mAP'][0]
+    png(plots.plot_scores_by_class(full.assign(tiles=0, mAP=np.nan)))
+
+
+@pytest.mark.parametrize("confidence, title", [(np.array([0.5, 0.9, 0.95, 1.0]), "3 of 4 tiles"), (np.ones(3), "3 of 3 tiles"), (np.zeros(2), "0 of 2 tiles"), (np.array([]), "0 of 0 tiles")])
+def test_confidence_counts_the_threshold_itself(confidence, title):
+    figure = plots.plot_confidence(confidence, 0.9)
+    png(figure)
+    assert title in texts(figure)
+
+
+@pytest.mark.parametrize("coverages, title", [(np.array([0, 0, 0.5]), "2 of 3 tiles hold no salt, the others 50 %"), (np.zeros(4), "4 of 4 tiles hold no salt"), (np.array([0.01, 1.0]), "0 of 2 tiles"), (np.array([]), "0 of 0 tiles")])
+def test_coverage_counts_every_tile(coverages, title):
+    figure = plots.plot_coverage(coverages)
+    png(figure)
+    assert title in texts(figure) and sum(bar.get_height() for bar in figure.axes[0].patches) == len(coverages)

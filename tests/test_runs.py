@@ -1,0 +1,226 @@
+"""Whole runs on small synthetic data: every step an executed notebook, nothing done twice, nothing lost to a kill."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+from saltlib.core import read_record
+from saltlib.data import PredictionStore, load_tiles, rle_decode
+from saltlib.recipes import read_recipe, recipe_steps, step_folder
+from saltlib.synthetic import make_dataset
+
+SALT = [Path(sys.executable).with_name("salt")]
+SHORT = ["--set", "rounds.*.phases.*.epochs=1", "--set", "rounds.*.pseudo_labels={confidence: 0.5}"]
+
+
+def make_project(folder: Path) -> Path:
+    "A project of its own: outputs and data apart, notebooks and recipes of this one."
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "settings.ini", folder)
+    (folder / "nbs").symlink_to(ROOT / "nbs")
+    make_dataset(folder / "data" / "demo", n_sections=2, seed=5)
+    return folder
+
+
+def salt(project, *args, check=True):
+    done = subprocess.run([*SALT, *args], cwd=project, capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def records(project, recipe="demo"):
+    return {str(p.parent.relative_to(project / "outputs" / recipe)): p.stat().st_mtime_ns for p in (project / "outputs" / recipe).rglob("record.json")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    "The demo's recipe, one epoch a phase, run to its end."
+    project = make_project(tmp_path_factory.mktemp("runs") / "project")
+    return project, salt(project, "run", "demo", *SHORT).stdout
+
+
+def test_every_step_leaves_a_record_and_an_executed_notebook(finished):
+    project, _ = finished
+    recipe = read_recipe(project / "outputs/demo/recipe.yaml")
+    steps = recipe_steps(recipe)
+    assert len(steps) == 1 + 2 * (2 + 2 + 1) + 1
+    for step in steps:
+        folder = step_folder(recipe, step, project / "outputs")
+        assert read_record(folder, verify=True)["step"] == step.kind
+        notebook = nbformat.read(folder / f"{step.kind}.ipynb", 4)
+        assert notebook.metadata.papermill.exception is None and notebook.metadata.papermill.end_time
+        outputs = [o for c in notebook.cells for o in c.get("outputs", [])]
+        assert any("image/png" in o.get("data", {}) for o in outputs)
+        assert not [o for o in outputs if o.get("name") == "stderr"]
+        assert (folder / f"{step.kind}.ipynb").stat().st_size < 1_500_000
+
+
+def test_submission_and_report(finished):
+    project, _ = finished
+    asked = pd.read_csv(project / "data/demo/sample_submission.csv", dtype=str)
+    answer = pd.read_csv(project / "outputs/demo/submission.csv", dtype=str, keep_default_na=False)
+    assert list(answer.columns) == ["id", "rle_mask"]
+    assert sorted(asked["id"]) == list(answer["id"])
+    masks = np.array([rle_decode(rle) for rle in answer["rle_mask"]])
+    mean = PredictionStore(project / "outputs/demo/round2/ensemble/predictions.zarr").read(answer["id"].to_numpy(str))
+    assert masks.any() and (masks == (mean > 0.5)).all()
+    html = (project / "outputs/demo/report/report.html").read_text()
+    assert "Test tiles" in html and "data:image/png;base64" in html
+
+
+def test_history_has_a_line_an_epoch_and_progress_is_shown(finished):
+    project, out = finished
+    history = pd.read_csv(project / "outputs/demo/round1/compact/fold0/train/history.csv")
+    assert history["epoch"].tolist() == [0] and history["mAP"].between(0, 1).all()
+    assert out.count("| epoch ") == 4  # two rounds, two folds
+    assert "train round2 compact fold 1 | epoch   0" in out
+
+
+def test_pseudo_labels_of_a_fold_come_from_its_own_models(finished):
+    project, _ = finished
+    run = project / "outputs/demo"
+    for fold in (0, 1):
+        table = pd.read_csv(run / f"round1/ensemble/pseudo_labels/fold{fold}.csv", dtype={"id": str, "rle_mask": str}, keep_default_na=False)
+        own = PredictionStore(run / f"round1/compact/fold{fold}/predict/predictions.zarr").read(table["id"].to_numpy(str))
+        masks = np.array([rle_decode(rle) for rle in table["rle_mask"]])
+        not_black = table["unique_pixels"].to_numpy() > 1
+        assert (masks == (own > 0.5))[not_black].all()
+        assert not table["chosen"][~not_black].any()
+        learned = json.loads((run / f"round2/compact/fold{fold}/train/record.json").read_text())
+        assert "demo/round1/ensemble" in learned["inputs"] and learned["arguments"]["clean_pseudo_labels"]
+
+
+def test_out_of_fold_predictions_stand_beside_those_of_the_test_tiles(finished):
+    project, _ = finished
+    run = project / "outputs/demo"
+    folds = pd.read_csv(run / "prepare/folds.csv", dtype={"id": str}).set_index("id")["fold"]
+    test = set(load_tiles(project / "data/demo", "test").ids)
+    for fold in (0, 1):
+        store = PredictionStore(run / f"round2/compact/fold{fold}/predict/predictions.zarr")
+        assert store.complete and set(store.ids) == test | set(folds.index[folds == fold])
+    scores = pd.read_csv(run / "round2/ensemble/out_of_fold.csv", dtype={"id": str})
+    assert set(scores["id"]) == set(folds.index[folds.isin([0, 1])]) and (folds[scores["id"]].to_numpy() == scores["fold"]).all()
+
+
+def test_second_call_runs_nothing(finished):
+    project, _ = finished
+    before = records(project)
+    again = salt(project, "run", "demo", *SHORT)
+    assert records(project) == before and "epoch" not in again.stdout
+    assert salt(project, "run", "demo", *SHORT, "--dry-run").stdout == "0 of 12 steps would run.\n"
+
+
+def test_status_of_a_finished_run(finished):
+    project, _ = finished
+    done = salt(project, "status", "demo")
+    assert "12 of 12 steps done" in done.stdout and "missing" not in done.stdout
+
+
+def test_other_settings_are_refused_and_change_nothing(finished):
+    project, _ = finished
+    before = records(project)
+    refused = salt(project, "run", "demo", check=False)
+    assert refused.returncode == 1 and "was made with other settings" in refused.stderr and "--set name=" in refused.stderr
+    assert records(project) == before
+
+
+def test_deleted_predictions_are_made_again_and_what_depends_on_them(finished, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(finished[0], project, symlinks=True)
+    before = records(project)
+    shutil.rmtree(project / "outputs/demo/round2/compact/fold1/predict/predictions.zarr")
+    salt(project, "run", "demo", *SHORT)
+    after = records(project)
+    assert {k for k in after if after[k] != before[k]} == {"round2/compact/fold1/predict", "round2/ensemble", "report"}
+    submissions = [pd.read_csv(p / "outputs/demo/submission.csv") for p in (finished[0], project)]
+    assert submissions[0].equals(submissions[1])
+
+
+def test_damaged_result_is_refused_where_it_is_read(finished, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(finished[0], project, symlinks=True)
+    weights = project / "outputs/demo/round1/compact/fold0/train/weights/last.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    shutil.rmtree(project / "outputs/demo/round1/compact/fold0/predict")
+    refused = salt(project, "step", "predict", "--recipe-file", "outputs/demo/recipe.yaml", "--round", "round1", "--phase", "compact", "--fold", "0", check=False)
+    assert refused.returncode == 1 and "last.safetensors is missing or no longer what the step wrote" in refused.stderr
+
+
+def test_damaged_data_are_refused_before_anything_runs(tmp_path):
+    project = make_project(tmp_path / "project")
+    image = next((project / "data/demo/train/images").iterdir())
+    image.write_bytes(image.read_bytes()[:200])
+    refused = salt(project, "run", "demo", check=False)
+    assert refused.returncode == 1 and image.name in refused.stderr
+    assert records(project) == {} and salt(project, "check-data", "data/demo", check=False).returncode == 1
+
+
+def test_failed_step_shows_in_the_status(tmp_path):
+    project = make_project(tmp_path / "project")
+    settings = ["--set", "folds.use=[0]", "--set", "rounds.*.phases.*.lr=1e30"]
+    failed = salt(project, "run", "demo", *settings, check=False)
+    assert failed.returncode == 1 and "The loss became" in failed.stderr and "train.ipynb" in failed.stderr
+    status = salt(project, "status", "demo", check=False)
+    assert status.returncode == 1 and "1 of 7 steps done" in status.stdout
+    assert "failed" in status.stdout and "The loss became" in status.stdout and "round1/compact/fold0/train/train.ipynb" in status.stdout
+
+
+def workers(project):
+    "Processes that work in the project."
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if Path(os.readlink(process / "cwd")).is_relative_to(project):
+                found.append(int(process.name))
+        except OSError:
+            pass
+    return found
+
+
+SINGLE = """
+name: single
+data: data/demo
+folds: {use: [0]}
+rounds:
+  round1:
+    phases:
+      compact: {model: compact, start: imagenet, epochs: 3, batch_size: 16, lr: 1.0e-3, loss: lovasz_elu}
+    ensemble: {compact: 1}
+"""
+
+
+def test_killed_training_goes_on_to_the_same_result(tmp_path):
+    results = []
+    for kill in (False, True):
+        project = make_project(tmp_path / f"kill_{kill}")
+        (project / "single.yaml").write_text(SINGLE)
+        run = subprocess.Popen([*SALT, "run", "single.yaml"], cwd=project, start_new_session=True, stdout=subprocess.PIPE, text=True)
+        for line in run.stdout:
+            if kill and "| epoch   1" in line:
+                os.killpg(run.pid, signal.SIGKILL)
+        assert run.wait() == (-signal.SIGKILL if kill else 0)
+        if kill:
+            deadline = time.time() + 30
+            while workers(project) and time.time() < deadline:
+                time.sleep(0.2)
+            assert workers(project) == []  # the notebook's kernel notices that its parent is gone
+            before = records(project, "single")
+            assert list(before) == ["prepare"]
+            again = salt(project, "run", "single.yaml").stdout
+            assert "going on after epoch 1" in again and "| epoch   1" not in again and "| epoch   2" in again
+            assert records(project, "single")["prepare"] == before["prepare"]
+        run_folder = project / "outputs/single"
+        history = pd.read_csv(run_folder / "round1/compact/fold0/train/history.csv").drop(columns=["seconds", "tiles_per_second"])
+        results.append((history.to_csv(), (run_folder / "round1/compact/fold0/train/weights/last.safetensors").read_bytes(), (run_folder / "submission.csv").read_text()))
+    assert results[0] == results[1]
