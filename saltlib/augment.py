@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHEAR', 'AUGMENTATIONS', 'augment_tile', 'seed_transform', 'EpochSampler', 'TileDataset']
 
-# %% ../nbs/06_augment.ipynb #5166661a
+# %% ../nbs/06_augment.ipynb #d0d73586
 import math, os, random
 
 import cv2
@@ -17,7 +17,7 @@ from .core import SaltError, derive_seed
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for a newer version
 import albumentations as A
 
-# %% ../nbs/06_augment.ipynb #c901ae4f
+# %% ../nbs/06_augment.ipynb #5a1565d4
 def _affine(**ranges) -> A.Affine:
     return A.Affine(**{"keep_ratio": True, "border_mode": cv2.BORDER_REFLECT_101, "mask_interpolation": cv2.INTER_LINEAR, "p": 1.0, **ranges})
 
@@ -25,7 +25,7 @@ def _affine(**ranges) -> A.Affine:
 def _grey(**ranges) -> A.ColorJitter:
     return A.ColorJitter(**{"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0, "p": 1.0, **ranges})
 
-# %% ../nbs/06_augment.ipynb #596e7e30
+# %% ../nbs/06_augment.ipynb #83bb6611
 def _none() -> A.Compose:
     return A.Compose([])
 
@@ -67,7 +67,7 @@ def _phalanx() -> A.Compose:
 
 AUGMENTATIONS = {"none": _none, "light": _light, "bes": _bes, "phalanx": _phalanx}  # name -> builder of a new transform
 
-# %% ../nbs/06_augment.ipynb #b54a2ea1
+# %% ../nbs/06_augment.ipynb #f54958e9
 def augment_tile(
     transform: A.Compose,  # from `AUGMENTATIONS`
     image: np.ndarray,  # uint8 [101, 101]
@@ -77,7 +77,7 @@ def augment_tile(
     drawn = transform(image=image, mask=mask * np.uint8(255))
     return drawn["image"], (drawn["mask"] > 127).view(np.uint8)
 
-# %% ../nbs/06_augment.ipynb #d899e1c1
+# %% ../nbs/06_augment.ipynb #f8a55752
 def seed_transform(
     transform: A.Compose,  # from `AUGMENTATIONS`
     seed: int,  # 0 .. 2**32 - 1
@@ -86,7 +86,7 @@ def seed_transform(
     transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
     return transform
 
-# %% ../nbs/06_augment.ipynb #ecc3cdfd
+# %% ../nbs/06_augment.ipynb #888f36ac
 class EpochSampler(Sampler):
     "Batches of keys (epoch, draw, row) for `TileDataset`; the order is a function of seed and epoch."
 
@@ -119,7 +119,7 @@ class EpochSampler(Sampler):
         for batch in range(len(self)):
             yield keys[batch * self.batch_size : (batch + 1) * self.batch_size]
 
-# %% ../nbs/06_augment.ipynb #8b663cc6
+# %% ../nbs/06_augment.ipynb #d5f5a0e8
 class TileDataset(Dataset):
     "Tiles with masks, augmented as a function of seed and key; without a transform, the tiles by row."
 

@@ -10,7 +10,7 @@ __all__ = ['ID', 'SIZE', 'LARGEST_FILE', 'CHUNK', 'refuse', 'find_rows', 'shown'
            'unique_pixels', 'make_folds', 'coverage_strata', 'deal_groups', 'write_folds', 'read_folds',
            'PredictionStore']
 
-# %% ../nbs/01_data.ipynb #47950402
+# %% ../nbs/01_data.ipynb #db61189d
 import contextlib, csv, os, re, shutil, struct, zipfile, zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -23,7 +23,7 @@ import numpy as np
 
 from .core import SaltError, write_atomic
 
-# %% ../nbs/01_data.ipynb #7a05ce60
+# %% ../nbs/01_data.ipynb #6e7a26ca
 def refuse(
     problems: list[str],  # sentences, each naming its file or id
     place: str | Path,  # the folder or file they are about
@@ -52,7 +52,7 @@ def shown(
     "The name as a message may show it: short, and without control characters."
     return repr(name if len(name) <= 80 else name[:77] + "...")
 
-# %% ../nbs/01_data.ipynb #e6dcb5d3
+# %% ../nbs/01_data.ipynb #14e65978
 ID = re.compile(r"[A-Za-z0-9_-]{1,100}")  # an id becomes part of file names, so it may not name a path
 
 
@@ -84,7 +84,7 @@ def read_by_id(
             values[id] = row[header.index(column)]
     return values, problems
 
-# %% ../nbs/01_data.ipynb #0cce2c4e
+# %% ../nbs/01_data.ipynb #d38b9287
 SIZE = 101  # width and height of a tile in pixels
 LARGEST_FILE = 1 << 17  # bytes; a 16-bit RGB tile without compression has 61 kB
 
@@ -135,7 +135,7 @@ def decode_png(
         raise SaltError(f"{name} is a {8 * pixels.dtype.itemsize}-bit image; a tile has 8 bits.")
     return pixels
 
-# %% ../nbs/01_data.ipynb #e76962a6
+# %% ../nbs/01_data.ipynb #afafc0b4
 @dataclass
 class TileFiles:
     "The PNG files of a folder, or of a folder in a zip, by id."
@@ -173,7 +173,7 @@ class TileFiles:
             raise SaltError(f"{name} is larger than {LARGEST_FILE} bytes.")
         return data
 
-# %% ../nbs/01_data.ipynb #10229780
+# %% ../nbs/01_data.ipynb #5401f5ea
 def folder_files(
     folder: str | Path,  # holds ID.png files
     place: str,  # its name in messages
@@ -240,7 +240,7 @@ def open_split(
     with archive:
         yield zip_files(archive, kinds, zipped.name)
 
-# %% ../nbs/01_data.ipynb #d66cfb69
+# %% ../nbs/01_data.ipynb #3018caba
 def decode_all(
     files: TileFiles,
     ids: list[str],  # tiles to decode
@@ -286,7 +286,7 @@ def stack_tiles(
         tile[:] = pixels
     return tiles
 
-# %% ../nbs/01_data.ipynb #4b001a99
+# %% ../nbs/01_data.ipynb #3215a921
 @dataclass
 class Tiles:
     "Tiles of a split, row by row."
@@ -335,7 +335,7 @@ def load_tiles(
     refuse(problems + [f"depths.csv has no depth for {id}." for id in ids if depths.get(id) is None], root)
     return Tiles(np.array(ids, dtype=str), images, masks, np.array([depths[id] for id in ids], dtype=int))
 
-# %% ../nbs/01_data.ipynb #c7e2dab3
+# %% ../nbs/01_data.ipynb #850696bb
 def load_images(
     folder: str | Path,  # holds ID.png files
 ) -> tuple[np.ndarray, np.ndarray]:  # ids [N], sorted; images uint8 [N,101,101]
@@ -346,7 +346,7 @@ def load_images(
     refuse(problems, folder)
     return np.array(ids, dtype=str), images
 
-# %% ../nbs/01_data.ipynb #7f2553d6
+# %% ../nbs/01_data.ipynb #497fc3f6
 def encode_masks(
     masks: np.ndarray,  # bool (or 0 and another value) [N,H,W]
 ) -> list[str]:  # [N] run-length codes
@@ -370,7 +370,7 @@ def rle_encode(
     "The run-length code of a mask."
     return encode_masks(np.asarray(mask)[None])[0]
 
-# %% ../nbs/01_data.ipynb #1ecd0a07
+# %% ../nbs/01_data.ipynb #52426ed8
 def rle_decode(
     rle: str | float,  # run-length code; '' or NaN: no salt
     shape: tuple[int, int] = (SIZE, SIZE),  # height, width
@@ -391,14 +391,14 @@ def rle_decode(
     steps[ends - 1] -= 1
     return np.ascontiguousarray(np.cumsum(steps[:-1], dtype=np.int8).astype(bool).reshape(shape[::-1]).T)
 
-# %% ../nbs/01_data.ipynb #0701a75f
+# %% ../nbs/01_data.ipynb #4ecc5a28
 def write_rle_csv(
     path: str | Path,
     ids: np.ndarray,  # [N]
-    masks: np.ndarray,  # bool [N,101,101]
+    codes: list[str],  # [N] run-length codes, as from `encode_masks`
 ) -> Path:
-    "Write masks as a table id,rle_mask."
-    rows = "".join(f"{id},{code}\n" for id, code in zip(ids, encode_masks(masks), strict=True))
+    "Write the table id,rle_mask."
+    rows = "".join(f"{id},{code}\n" for id, code in zip(ids, codes, strict=True))
     return write_atomic(path, "id,rle_mask\n" + rows)
 
 
@@ -418,7 +418,7 @@ def read_rle_csv(
             raise SaltError(f"{path}, tile {id}: {error}") from None
     return masks
 
-# %% ../nbs/01_data.ipynb #c85066ca
+# %% ../nbs/01_data.ipynb #d566ea41
 def check_ids(
     name: str,  # of the files or table whose ids are looked at
     ids: Iterable[str],
@@ -485,7 +485,7 @@ def refuse_bad_data(
     "`SaltError` with the first 20 problems of a data folder and their number, if there are any."
     refuse(check_data(root), root)
 
-# %% ../nbs/01_data.ipynb #9981bae7
+# %% ../nbs/01_data.ipynb #c4d7e9ad
 def is_black(
     images: np.ndarray,  # uint8 [N,101,101]
 ) -> np.ndarray:  # bool [N]
@@ -499,7 +499,7 @@ def unique_pixels(
     "Number of distinct grey values in each tile."
     return np.array([np.count_nonzero(np.bincount(image.ravel())) for image in images], dtype=int)
 
-# %% ../nbs/01_data.ipynb #8424f72f
+# %% ../nbs/01_data.ipynb #b910edb7
 def make_folds(
     ids: np.ndarray,  # [N] all train and test ids
     depths: np.ndarray,  # int [N], feet
@@ -552,7 +552,7 @@ def deal_groups(
         load[fold[k]] += content[k]
     return fold[group]
 
-# %% ../nbs/01_data.ipynb #0cd87256
+# %% ../nbs/01_data.ipynb #7b80ebc5
 def write_folds(
     path: str | Path,
     ids: np.ndarray,  # [N] train ids
@@ -577,7 +577,7 @@ def read_folds(
         raise SaltError(f"{path} has the train tiles in folds {numbers}: number folds 0, 1, 2 ... and leave none without a train tile.")
     return folds
 
-# %% ../nbs/01_data.ipynb #43f4d2c3
+# %% ../nbs/01_data.ipynb #9898e096
 CHUNK = 64  # tiles
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['predict', 'predict_to_store']
 
-# %% ../nbs/10_inference.ipynb #41f32964
+# %% ../nbs/10_inference.ipynb #609d1d4a
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,9 +13,9 @@ import torch
 
 from .core import SaltError, autocast, pick_device
 from .data import PredictionStore
-from .models import create_model, prepare, restore
+from .models import prepare, restore
 
-# %% ../nbs/10_inference.ipynb #04b46c2c
+# %% ../nbs/10_inference.ipynb #58cc0d3a
 def predict(
     model: torch.nn.Module,  # a network of saltlib.models
     images: np.ndarray,  # tiles, uint8 [N,101,101]
@@ -44,7 +44,7 @@ def predict(
             probs[first : first + batch_size] = seen.cpu().numpy()
     return probs
 
-# %% ../nbs/10_inference.ipynb #2884787f
+# %% ../nbs/10_inference.ipynb #5919c366
 def predict_to_store(
     model: torch.nn.Module,  # a network of saltlib.models
     images: np.ndarray,  # uint8 [N,101,101], in the order of the store's ids

@@ -6,7 +6,7 @@
 __all__ = ['TRUTH', 'PREDICTION', 'OTHER', 'GREYS', 'DPI', 'plot_tiles', 'plot_section', 'plot_coverage', 'plot_history',
            'plot_histories', 'plot_scores_by_class', 'plot_threshold_curve', 'plot_confidence']
 
-# %% ../nbs/13_plots.ipynb #3cfd2789
+# %% ../nbs/13_plots.ipynb #7d881c6d
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-# %% ../nbs/13_plots.ipynb #7323cdac
+# %% ../nbs/13_plots.ipynb #cc1d5640
 TRUTH, PREDICTION, OTHER = "#56B4E9", "#E69F00", "#666666"  # sky blue, orange, grey
 GREYS = plt.get_cmap("gray", 64)  # as many as the eye needs; with 256 the noise makes the files twice as large
 DPI = 72
@@ -70,7 +70,7 @@ def _legend(figure: plt.Figure, mask: bool, probs: bool) -> None:
     if entries:
         figure.legend(handles=entries, loc="outside lower center", ncols=len(entries), fontsize=8, frameon=False)
 
-# %% ../nbs/13_plots.ipynb #b92563bc
+# %% ../nbs/13_plots.ipynb #98f8bb0d
 def plot_tiles(
     images: np.ndarray,  # uint8 [N,H,W]
     masks: np.ndarray | None = None,  # true masks, bool [N,H,W]
@@ -95,7 +95,7 @@ def plot_tiles(
     _legend(figure, masks is not None, probs is not None)
     return figure
 
-# %% ../nbs/13_plots.ipynb #465caf85
+# %% ../nbs/13_plots.ipynb #88eb7cff
 def plot_section(
     image: np.ndarray,  # uint8 [H,W]
     mask: np.ndarray | None = None,  # true mask, bool [H,W]
@@ -111,7 +111,7 @@ def plot_section(
     _legend(figure, mask is not None, probs is not None)
     return figure
 
-# %% ../nbs/13_plots.ipynb #b5964523
+# %% ../nbs/13_plots.ipynb #320a823c
 def plot_coverage(
     coverages: np.ndarray,  # share of salt of each tile, 0..1
 ) -> plt.Figure:
@@ -126,7 +126,7 @@ def plot_coverage(
     _label(ax, f"{len(coverages) - len(salt):,} of {len(coverages):,} tiles hold no salt{mean}", "salt in the tile (% of its pixels)", "tiles")
     return figure
 
-# %% ../nbs/13_plots.ipynb #56882650
+# %% ../nbs/13_plots.ipynb #12ae4d29
 def plot_history(
     history: pd.DataFrame,  # a row an epoch: epoch, train_loss, valid_loss, mAP, lr, seconds
 ) -> plt.Figure:
@@ -149,7 +149,7 @@ def plot_history(
     figure.suptitle(f"{len(history)} epoch{'s' * (len(history) > 1)} in {seconds.sum() / 60:.1f} min, {seconds.mean():.1f} s each", fontsize=9)
     return figure
 
-# %% ../nbs/13_plots.ipynb #2840e5b0
+# %% ../nbs/13_plots.ipynb #89d173ac
 def plot_histories(
     histories: dict[str, pd.DataFrame],  # 'round phase fold k' -> its history
 ) -> plt.Figure:
@@ -169,7 +169,7 @@ def plot_histories(
         ax.legend(title="fold", title_fontsize=8, fontsize=8, frameon=False)
     return figure
 
-# %% ../nbs/13_plots.ipynb #1a6d8ae4
+# %% ../nbs/13_plots.ipynb #0ac3c15d
 def plot_scores_by_class(
     table: pd.DataFrame,  # tiles and mAP by class (index or column 'class', 0..10), as `metrics.scores_by_class` gives it
 ) -> plt.Figure:
@@ -187,7 +187,7 @@ def plot_scores_by_class(
     _label(ax, f"Score by salt coverage, with the number of tiles (dotted: all {tiles.sum():,} tiles, {mean:.3f})", "salt in the tile (% of its pixels)", "mAP")
     return figure
 
-# %% ../nbs/13_plots.ipynb #51433583
+# %% ../nbs/13_plots.ipynb #edeae7d4
 def plot_threshold_curve(
     thresholds: np.ndarray,  # float [T], rising, 0..1
     mAP: np.ndarray,  # float [T]
@@ -204,7 +204,7 @@ def plot_threshold_curve(
     _label(ax, "Score by threshold", "probability above which a pixel counts as salt", "mAP")
     return figure
 
-# %% ../nbs/13_plots.ipynb #32010110
+# %% ../nbs/13_plots.ipynb #4409844e
 def plot_confidence(
     confidence: np.ndarray,  # float [N], share of sure pixels of each tile, 0..1
     threshold: float,  # tiles with at least this confidence become pseudo-labels

@@ -8,7 +8,7 @@ __all__ = ['Name', 'Strict', 'Phase', 'PseudoLabels', 'Round', 'Folds', 'Recipe'
            'step_arguments', 'OpenStep', 'open_step', 'step_folds', 'split_fold', 'training_tiles', 'fit_settings',
            'tiles_to_predict', 'round_members', 'run_records', 'run_histories']
 
-# %% ../nbs/14_recipes.ipynb #4ca875e6
+# %% ../nbs/14_recipes.ipynb #33698b1c
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,7 +22,7 @@ from .core import RunRecord, SaltError, checksum, derive_seed, read_record, writ
 from .data import PredictionStore, Tiles, is_black, load_tiles, make_folds, read_folds, refuse_bad_data
 from .ensemble import read_pseudo_labels
 
-# %% ../nbs/14_recipes.ipynb #7b3a3234
+# %% ../nbs/14_recipes.ipynb #9c79695a
 class Strict(BaseModel):
     "Base of all parts of a recipe: typed, unchangeable, unknown keys refused."
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -99,7 +99,7 @@ class Recipe(Strict):
                 known.append(where)
         return self
 
-# %% ../nbs/14_recipes.ipynb #9a0c5195
+# %% ../nbs/14_recipes.ipynb #f8db2ff3
 def set_value(
     node: dict,  # part of a recipe as plain values, changed in place
     path: list[str],  # keys from here down; '*' means every key
@@ -148,7 +148,7 @@ def read_recipe(
             raise SaltError(f"--set {change} changes nothing in {path.name}: write key=value with a key of the recipe, such as rounds.round1.phases.compact.epochs=1.")
     return parse_recipe(plain, path.name)
 
-# %% ../nbs/14_recipes.ipynb #bf96141e
+# %% ../nbs/14_recipes.ipynb #a64afb14
 def recipe_folder(
     recipe: Recipe,
     outputs: str | Path,  # the project's outputs folder
@@ -174,7 +174,7 @@ def write_recipe(
             )
     return write_atomic(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
 
-# %% ../nbs/14_recipes.ipynb #b6d47ada
+# %% ../nbs/14_recipes.ipynb #573d420d
 @dataclass(frozen=True)
 class Step:
     "One executed notebook of a run."
@@ -226,7 +226,7 @@ def step_inputs(
         return [Step("prepare"), *(Step("predict", step.round, phase, fold) for phase in recipe.rounds[step.round].ensemble for fold in recipe.folds.use)]
     return recipe_steps(recipe)[:-1]
 
-# %% ../nbs/14_recipes.ipynb #ce0fe8b5
+# %% ../nbs/14_recipes.ipynb #98c9228c
 def step_folder(
     recipe: Recipe,
     step: Step,
@@ -253,7 +253,7 @@ def step_arguments(
     place = {k: v for k, v in (("round", step.round), ("phase_name", step.phase), ("fold", step.fold)) if v not in ("", None)}
     return common | place
 
-# %% ../nbs/14_recipes.ipynb #0ad0d38d
+# %% ../nbs/14_recipes.ipynb #61d29e1d
 @dataclass
 class OpenStep:
     "A step that is being carried out by a run notebook."
@@ -317,7 +317,7 @@ def open_step(
             raise SaltError(f"Step '{step}' reads {needed}, which is not done: run that step first, or let 'salt run' do so.")
     return opened
 
-# %% ../nbs/14_recipes.ipynb #503e079e
+# %% ../nbs/14_recipes.ipynb #6795be1c
 def step_folds(
     step: OpenStep,  # 'prepare'
     train: Tiles,
@@ -387,7 +387,7 @@ def round_members(
     weights = step.recipe.rounds[name].ensemble
     return {fold: [(PredictionStore(step.folder_of("predict", name, phase, fold) / "predictions.zarr"), w) for phase, w in weights.items()] for fold in step.recipe.folds.use}
 
-# %% ../nbs/14_recipes.ipynb #851cf502
+# %% ../nbs/14_recipes.ipynb #621330be
 def run_records(
     step: OpenStep,  # 'report'
 ) -> pd.DataFrame:  # a row a step: step, seconds, device, and its metrics

@@ -6,7 +6,7 @@
 __all__ = ['ToNetworkInput', 'Bfloat16', 'precision_callbacks', 'EpochSeeds', 'finite_loss', 'History', 'Checkpoint',
            'read_checkpoint', 'fit_phase']
 
-# %% ../nbs/09_training.ipynb #116e4723
+# %% ../nbs/09_training.ipynb #195e231b
 import io, os, time, warnings
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +32,7 @@ from .losses import LOSSES
 from .metrics import precision_at_iou
 from .models import create_model, load_weights, prepare, prepare_masks, restore, save_weights
 
-# %% ../nbs/09_training.ipynb #f4d9b776
+# %% ../nbs/09_training.ipynb #41018da7
 class ToNetworkInput(Callback):
     "Turn uint8 tiles and masks of a batch into the network's input and target."
     order = 0
@@ -66,7 +66,7 @@ def precision_callbacks(
     "What half precision needs on `device`: nothing, bf16, or fp16 with loss scaling."
     return {None: [], torch.bfloat16: [Bfloat16()], torch.float16: [MixedPrecision()]}[half_dtype(device)]
 
-# %% ../nbs/09_training.ipynb #a60d647b
+# %% ../nbs/09_training.ipynb #6ae50d0c
 class EpochSeeds(Callback):
     "Make every epoch's random numbers a function of the phase's seed and the epoch."
     order = -10
@@ -95,7 +95,7 @@ def finite_loss(
 
     return guarded
 
-# %% ../nbs/09_training.ipynb #76aec36b
+# %% ../nbs/09_training.ipynb #74f1ce10
 class History(Callback):
     "Score the validation tiles, keep a row an epoch and print it."
     order = 40
@@ -172,7 +172,7 @@ def read_checkpoint(
         raise SaltError(f"{path} was begun with other settings (then and now: {other}): delete it to train this phase from its beginning, or go back to them.")
     return state
 
-# %% ../nbs/09_training.ipynb #55a41bb5
+# %% ../nbs/09_training.ipynb #c0a4151e
 def fit_phase(
     train: Tiles,  # tiles with masks to learn from
     valid: Tiles,  # tiles with masks to score after each epoch

@@ -14,7 +14,7 @@ import pytest
 
 from saltlib import plots
 from saltlib.metrics import scores_by_class
-from saltlib.synthetic import make_section
+from saltlib.synthetic import cut_tiles, make_section
 
 
 @pytest.fixture(autouse=True)
@@ -26,11 +26,10 @@ def no_figure_left():
 @pytest.fixture(scope="module")
 def tiles():
     "12 tiles of a synthetic section, the first painted free of salt, with smooth predictions and ids."
-    cut = lambda section: section.reshape(3, 101, 4, 101).swapaxes(1, 2).reshape(-1, 101, 101)
     image, mask = make_section(seed=4, height_tiles=3, width_tiles=4)
-    masks, probs = cut(mask), cut(cv2.GaussianBlur(mask.astype("float32"), (0, 0), 5))
+    masks, probs = cut_tiles(mask), cut_tiles(cv2.GaussianBlur(mask.astype("float32"), (0, 0), 5))
     masks[0] = probs[0] = 0
-    return cut(image), masks, probs, np.array([f"{k:010x}" for k in range(12)])
+    return cut_tiles(image), masks, probs, np.array([f"{k:010x}" for k in range(12)])
 
 
 def png(figure) -> int:

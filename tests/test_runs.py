@@ -79,6 +79,16 @@ def test_submission_and_report(finished):
     assert "Test tiles" in html and "data:image/png;base64" in html
 
 
+def test_the_networks_of_a_run_mask_a_folder_of_tiles(finished, tmp_path):
+    project, _ = finished
+    out = tmp_path / "again.csv"
+    salt(project, "predict", "--images", project / "data/demo/test/images", "--models", project / "outputs/demo", "--out", out, "--device", "cpu")
+    answers = [pd.read_csv(p, dtype=str, keep_default_na=False) for p in (project / "outputs/demo/submission.csv", out)]
+    assert list(answers[0]["id"]) == list(answers[1]["id"])
+    masks = [np.array([rle_decode(rle) for rle in a["rle_mask"]]) for a in answers]
+    assert (masks[0] != masks[1]).mean() < 1e-4  # the run keeps its predictions as float16
+
+
 def test_history_has_a_line_an_epoch_and_progress_is_shown(finished):
     project, out = finished
     history = pd.read_csv(project / "outputs/demo/round1/compact/fold0/train/history.csv")
@@ -151,10 +161,17 @@ def test_damaged_result_is_refused_where_it_is_read(finished, tmp_path):
     project = tmp_path / "project"
     shutil.copytree(finished[0], project, symlinks=True)
     weights = project / "outputs/demo/round1/compact/fold0/train/weights/last.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    whole = weights.read_bytes()
+    predict = ["step", "predict", "--recipe-file", "outputs/demo/recipe.yaml", "--round", "round1", "--phase", "compact", "--fold", "0"]
     shutil.rmtree(project / "outputs/demo/round1/compact/fold0/predict")
-    refused = salt(project, "step", "predict", "--recipe-file", "outputs/demo/recipe.yaml", "--round", "round1", "--phase", "compact", "--fold", "0", check=False)
+    weights.write_bytes(whole[:-1] + b"x")
+    refused = salt(project, *predict, check=False)
     assert refused.returncode == 1 and "last.safetensors is missing or no longer what the step wrote" in refused.stderr
+    weights.write_bytes(whole)
+    image = next((project / "data/demo/test/images").iterdir())
+    image.write_bytes(image.read_bytes()[:200])
+    refused = salt(project, *predict, check=False)
+    assert refused.returncode == 1 and f"{image.name} is truncated" in refused.stderr
 
 
 def test_damaged_data_are_refused_before_anything_runs(tmp_path):

@@ -1,0 +1,72 @@
+"""`salt predict`: new tiles through the released files and through the networks of a run."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_published import stand_ins
+
+from saltlib.cli import find_members, predict_folder
+from saltlib.core import SaltError
+from saltlib.data import read_rle_csv
+from saltlib.inference import predict
+from saltlib.published import load_published
+from saltlib.synthetic import cut_tiles, make_section
+
+@pytest.fixture
+def tiles(tmp_path):
+    "Three tiles of a synthetic section and a black one, as a folder."
+    images = cut_tiles(make_section(seed=2, height_tiles=1, width_tiles=4)[0])
+    images[3] = 0
+    (tmp_path / "tiles").mkdir()
+    for k, image in enumerate(images):
+        cv2.imwrite(str(tmp_path / "tiles" / f"t{k}.png"), image)
+    return tmp_path / "tiles", images
+
+
+@pytest.fixture
+def released(tmp_path):
+    "Stand-ins for one released file of each kind, under its published name."
+    phalanx = tmp_path / "released/phalanx/model_128_res34v501.pth"
+    bes = tmp_path / "released/bes/unet_resnext_50_lovasz_stage_2_2/fold_0.hdf5"
+    for path in (phalanx, bes):
+        path.parent.mkdir(parents=True)
+    stand_ins.write_phalanx("res34v5", phalanx)
+    stand_ins.write_bes(bes)
+    yield tmp_path / "released"
+    shutil.rmtree(tmp_path / "released")  # 200 MB
+
+
+def test_released_files_are_combined_by_the_published_weights(tiles, released, tmp_path):
+    folder, images = tiles
+    predict_folder(folder, released, tmp_path / "new.csv", device="cpu")
+    members = {m.group: m for m in find_members(released)}
+    phalanx, bes = (predict(load_published(members[g].path, members[g].model), images, members[g].model) for g in ("phalanx", "bes"))
+    if phalanx.min() < 0.5 < phalanx.max():
+        phalanx = (phalanx - phalanx.min()) / (phalanx.max() - phalanx.min())
+    bes[3] = 0
+    ids = np.array([f"t{k}" for k in range(4)])
+    assert (read_rle_csv(tmp_path / "new.csv", ids) == ((phalanx + bes) / 2 > 0.5)).all()
+    assert not list(tmp_path.glob(".new.csv*"))
+
+
+def test_bad_input_is_refused_before_work(tiles, tmp_path):
+    folder, _ = tiles
+    (tmp_path / "empty").mkdir()
+    for images, models, out, message in [
+        (folder, tmp_path / "empty", tmp_path / "new.csv", "holds no networks"),
+        (folder, tmp_path / "empty", tmp_path, "can't be written"),
+        (folder, tmp_path / "empty", tmp_path / "none" / "new.csv", "can't be written"),
+    ]:
+        with pytest.raises(SaltError, match=message):
+            predict_folder(images, models, out)
+    settings = tmp_path / "SETTINGS.json"
+    settings.write_text(json.dumps({"images": str(folder), "models": str(tmp_path / "empty"), "out": str(tmp_path / "new.csv")}))
+    done = subprocess.run([Path(sys.executable).with_name("salt"), "predict", "--settings", settings], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "holds no networks" in done.stderr
