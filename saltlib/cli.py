@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_V5', 'PUBLISHED_BES', 'DEMO_SECTIONS', 'DEMO_SEED', 'check_parameters', 'LabelledLines', 'execute_notebook',
-           'hold', 'run_step', 'find_recipe', 'load_recipe', 'forget_lost_results', 'run_recipe', 'notebook_error',
+           'hold', 'run_step', 'find_recipe', 'load_recipe', 'outdated_steps', 'run_recipe', 'notebook_error',
            'status_rows', 'show_status', 'Member', 'published_members', 'run_members', 'find_members', 'predict_folder',
            'predict_settings', 'run_demo', 'make_parser', 'main']
 
-# %% ../nbs/16_cli.ipynb #c7fcd25b
+# %% ../nbs/16_cli.ipynb #35ec7ae4
 import argparse, fcntl, io, os, re, shutil, socket, subprocess, sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import SaltError, project_root, read_json, read_record
+from .core import SaltError, checksum, project_root, read_json, read_record
 from .data import refuse_bad_data
-from .recipes import Recipe, Step, read_recipe, recipe_folder, recipe_steps, step_folder, write_recipe
+from .recipes import Recipe, Step, read_recipe, recipe_folder, recipe_steps, step_folder, step_inputs, write_recipe
 
-# %% ../nbs/16_cli.ipynb #ce35412c
+# %% ../nbs/16_cli.ipynb #e9782af5
 def check_parameters(
     notebook: str | Path,  # a run notebook
     parameters: dict,  # values for its cell tagged `parameters`
@@ -66,7 +66,7 @@ def execute_notebook(
         except papermill.PapermillExecutionError as error:
             raise SaltError(f"{label} failed: {error.ename}: {error.evalue} (the executed notebook is {output})") from None
 
-# %% ../nbs/16_cli.ipynb #03cd7ecf
+# %% ../nbs/16_cli.ipynb #9d4e8a6b
 def hold(
     path: Path,  # the lock's file; it names its holder
     what: str,  # what is locked, for the message to whoever has to wait
@@ -85,7 +85,7 @@ def hold(
     file.flush()
     return file
 
-# %% ../nbs/16_cli.ipynb #eddf5f43
+# %% ../nbs/16_cli.ipynb #d09dce1d
 def run_step(
     kind: str,  # a notebook in nbs/runs
     recipe_file: str,  # outputs/<recipe>/recipe.yaml, relative to the project
@@ -108,7 +108,7 @@ def run_step(
         if read_record(folder) is None:
             raise SaltError(f"{folder / kind}.ipynb ended without a record: its last cell must call step.finish.")
 
-# %% ../nbs/16_cli.ipynb #3595578b
+# %% ../nbs/16_cli.ipynb #c1401bd9
 def find_recipe(
     name: str,  # a recipe in nbs/runs/recipes, a run in outputs, or a YAML file
 ) -> Path:
@@ -133,19 +133,23 @@ def load_recipe(
     return recipe
 
 
-def forget_lost_results(
+def outdated_steps(
     recipe: Recipe,
     outputs: Path,
-) -> list[str]:  # steps whose results are gone
-    "Take away the records of steps whose results are no longer there, so that they are made again."
-    lost = []
+) -> list[Step]:  # in the order in which they have to run
+    "Steps that are not done, whose results are gone, or that read something else than what is there now."
+    outdated = []
     for step in recipe_steps(recipe):
-        folder = step_folder(recipe, step, outputs)
+        folder, inputs = step_folder(recipe, step, outputs), step_inputs(recipe, step)
         record = read_record(folder)
-        if record and not all((folder / name).exists() for name in record["files"]):
-            (folder / "record.json").unlink()
-            lost.append(str(step))
-    return lost
+        if (
+            record is None
+            or not all((folder / name).exists() for name in record["files"])
+            or set(inputs) & set(outdated)
+            or any(record["inputs"].get(str(f.relative_to(outputs))) != checksum(f / "record.json") for f in (step_folder(recipe, i, outputs) for i in inputs))
+        ):
+            outdated.append(step)
+    return outdated
 
 
 def run_recipe(
@@ -158,19 +162,24 @@ def run_recipe(
     outputs = Path("outputs")
     folder = recipe_folder(recipe, outputs)
     if dry_run:
-        missing = [step for step in recipe_steps(recipe) if read_record(step_folder(recipe, step, outputs)) is None]
-        print("\n".join(map(str, missing)))
-        print(f"{len(missing)} of {len(recipe_steps(recipe))} steps would run.")
+        steps = outdated_steps(recipe, outputs)
+        print(*steps, f"{len(steps)} of {len(recipe_steps(recipe))} steps would run.", sep="\n")
         return
     with hold(folder / ".lock", f"A run of {recipe.name}") as lock:
         if read_record(step_folder(recipe, Step("prepare"), outputs)) is None:
             refuse_bad_data(recipe.data)  # said here at once, before any step begins
         write_recipe(recipe, outputs)
-        for lost in forget_lost_results(recipe, outputs):
-            print(f"results of '{lost}' are gone: it will be made again")
         cores = cores or len(os.sched_getaffinity(0))
-        missing = sum(read_record(step_folder(recipe, step, outputs)) is None for step in recipe_steps(recipe))
-        print(f"{recipe.name}: {missing} of {len(recipe_steps(recipe))} steps to run, results in {folder}/", flush=True)
+        steps = outdated_steps(recipe, outputs)
+        print(f"{recipe.name}: {len(steps)} of {len(recipe_steps(recipe))} steps to run, results in {folder}/", flush=True)
+        for place in (step_folder(recipe, step, outputs) for step in steps):
+            # Snakemake makes a file again only if something that is missing needs it: so what follows from a lost result goes, too,
+            # and a training that had come to its end begins anew.
+            if (place / "record.json").exists():
+                (place / "checkpoint.pt").unlink(missing_ok=True)
+                (place / "record.json").unlink()
+        if steps:
+            (step_folder(recipe, steps[-1], outputs) / "report.html").unlink(missing_ok=True)
         gpus = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.count("GPU ") if shutil.which("nvidia-smi") else 0
         command = [
             sys.executable, "-m", "snakemake", "--snakefile", str(root / "nbs/runs/Snakefile"), "--directory", str(folder), "--cores", str(cores),
@@ -182,7 +191,7 @@ def run_recipe(
         failed = [row for row in status_rows(recipe, outputs) if row[1] == "failed"]
         raise SaltError("\n".join([f"{recipe.name} is not complete; mend this and give the same command again, finished steps are kept:", *(f"  {row[0]}: {row[2]}" for row in failed)]))
 
-# %% ../nbs/16_cli.ipynb #a795a6c7
+# %% ../nbs/16_cli.ipynb #495223f1
 def notebook_error(
     path: Path,  # an executed notebook
 ) -> str | None:  # last line of its error, None if it has none
@@ -239,7 +248,7 @@ def show_status(
     Console(width=None if sys.stdout.isatty() else 200, soft_wrap=not sys.stdout.isatty()).print(table)
     return all(row[1] == "done" for row in rows)
 
-# %% ../nbs/16_cli.ipynb #7e2acbce
+# %% ../nbs/16_cli.ipynb #0e6c6437
 PUBLISHED_V5 = re.compile(r"model_128_res34v5(?P<fold>\d)(?P<snapshot>\d)\.pth")
 PUBLISHED_BES = re.compile(r"unet_resnext_50_lovasz_stage_2_(?P<stage>[2-5])/fold_(?P<fold>\d)\.hdf5")
 
@@ -294,7 +303,7 @@ def find_members(
         )
     return members
 
-# %% ../nbs/16_cli.ipynb #295d306d
+# %% ../nbs/16_cli.ipynb #e43a30dc
 def predict_folder(
     images: str | Path,  # folder of ID.png
     models: str | Path,  # as in `find_members`
@@ -350,7 +359,7 @@ def predict_settings(
         raise SaltError(f"salt predict needs {', '.join('--' + key for key in missing)}, as options or in a settings file.")
     return given
 
-# %% ../nbs/16_cli.ipynb #1749d8ff
+# %% ../nbs/16_cli.ipynb #f3cd29f4
 DEMO_SECTIONS, DEMO_SEED = 10, 2018
 
 
@@ -370,7 +379,7 @@ def run_demo() -> None:
     print(f"report:             {folder}/report/report.ipynb and {folder}/report/report.html")
     print(f"submission:         {folder}/submission.csv")
 
-# %% ../nbs/16_cli.ipynb #780f99b9
+# %% ../nbs/16_cli.ipynb #a7ba1d64
 def make_parser() -> argparse.ArgumentParser:
     "The subcommands and their options."
     parser = argparse.ArgumentParser("salt", description="Find salt bodies in seismic tiles: the TGS challenge's winning method and more.")

@@ -6,8 +6,8 @@
 __all__ = ['ToNetworkInput', 'Bfloat16', 'precision_callbacks', 'EpochSeeds', 'finite_loss', 'History', 'Checkpoint',
            'read_checkpoint', 'fit_phase']
 
-# %% ../nbs/09_training.ipynb #195e231b
-import io, os, time, warnings
+# %% ../nbs/09_training.ipynb #190f0699
+import hashlib, io, os, time, warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,13 +26,13 @@ with warnings.catch_warnings():
     from fastai.optimizer import OptimWrapper
 
 from .augment import AUGMENTATIONS, EpochSampler, TileDataset
-from .core import SaltError, derive_seed, half_dtype, pick_device, set_seed, write_atomic
+from .core import SaltError, checksum, derive_seed, half_dtype, pick_device, set_seed, write_atomic
 from .data import Tiles
 from .losses import LOSSES
 from .metrics import precision_at_iou
 from .models import create_model, load_weights, prepare, prepare_masks, restore, save_weights
 
-# %% ../nbs/09_training.ipynb #41018da7
+# %% ../nbs/09_training.ipynb #b4b2659c
 class ToNetworkInput(Callback):
     "Turn uint8 tiles and masks of a batch into the network's input and target."
     order = 0
@@ -66,7 +66,7 @@ def precision_callbacks(
     "What half precision needs on `device`: nothing, bf16, or fp16 with loss scaling."
     return {None: [], torch.bfloat16: [Bfloat16()], torch.float16: [MixedPrecision()]}[half_dtype(device)]
 
-# %% ../nbs/09_training.ipynb #6ae50d0c
+# %% ../nbs/09_training.ipynb #537c30e4
 class EpochSeeds(Callback):
     "Make every epoch's random numbers a function of the phase's seed and the epoch."
     order = -10
@@ -95,7 +95,7 @@ def finite_loss(
 
     return guarded
 
-# %% ../nbs/09_training.ipynb #74f1ce10
+# %% ../nbs/09_training.ipynb #17e76e79
 class History(Callback):
     "Score the validation tiles, keep a row an epoch and print it."
     order = 40
@@ -172,7 +172,7 @@ def read_checkpoint(
         raise SaltError(f"{path} was begun with other settings (then and now: {other}): delete it to train this phase from its beginning, or go back to them.")
     return state
 
-# %% ../nbs/09_training.ipynb #c0a4151e
+# %% ../nbs/09_training.ipynb #be79119d
 def fit_phase(
     train: Tiles,  # tiles with masks to learn from
     valid: Tiles,  # tiles with masks to score after each epoch
@@ -190,7 +190,10 @@ def fit_phase(
 ) -> pd.DataFrame:  # the history: epoch, train_loss, valid_loss, mAP, lr, tiles_per_second, seconds
     "Train a network, going on from the last finished epoch if `folder` holds a checkpoint."
     folder, where = Path(folder), pick_device(device)
-    settings = {"model": model, "start": str(start), "loss": loss, "augment": augment, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "tiles": len(train)}
+    settings = {
+        "model": model, "start": start if start in ("imagenet", "scratch") else checksum(start), "loss": loss, "augment": augment, "epochs": epochs,
+        "batch_size": batch_size, "lr": lr, "seed": seed, "tiles": hashlib.sha256(b"".join([*(id.encode() for id in train.ids), train.images, train.masks])).hexdigest(),
+    }
     state = read_checkpoint(folder / "checkpoint.pt", settings, where)
     set_seed(seed)
     network = create_model(model, pretrained=start == "imagenet").to(where, memory_format=torch.channels_last)

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the marks
 def pytest_collection_modifyitems(items):
     "Tests that share a fixture which is dear to make run in one worker, the others wherever there is room."
     for item in items:
