@@ -11,14 +11,6 @@ ROOT = Path(__file__).parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the marks
-def pytest_collection_modifyitems(items):
-    "Tests that share a fixture which is dear to make run in one worker, the others wherever there is room."
-    for item in items:
-        if {"finished", "empty_bes"} & set(item.fixturenames):
-            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
-
-
 def git(folder: Path, *args: str) -> str:
     command = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org", *args]
     return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout

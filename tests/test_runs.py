@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
+from filelock import FileLock
 
 from saltlib.core import read_record
 from saltlib.data import PredictionStore, load_tiles, rle_decode
@@ -45,9 +46,14 @@ def records(project, recipe="demo"):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    "The demo's recipe, one epoch a phase, run to its end."
-    project = make_project(tmp_path_factory.mktemp("runs") / "project")
-    return project, salt(project, "run", "demo", *SHORT).stdout
+    "The demo's recipe, one epoch a phase, run to its end; made once for all workers, so tests copy it before they change it."
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with FileLock(base / "finished.lock"):
+        if not (base / "finished.txt").exists():
+            project = make_project(base / "finished")
+            (base / "finished.txt").write_text(salt(project, "run", "demo", *SHORT).stdout)
+    return base / "finished", (base / "finished.txt").read_text()
 
 
 def test_every_step_leaves_a_record_and_an_executed_notebook(finished):
