@@ -153,7 +153,7 @@ def test_other_settings_are_refused_and_change_nothing(finished):
 
 def test_deleted_predictions_are_made_again_and_what_depends_on_them(finished, tmp_path):
     project = tmp_path / "project"
-    shutil.copytree(finished[0], project, symlinks=True)
+    shutil.copytree(finished[0], project, symlinks=True, ignore=shutil.ignore_patterns(".snakemake"))
     before = records(project)
     shutil.rmtree(project / "outputs/demo/round2/compact/fold1/predict/predictions.zarr")
     salt(project, "run", "demo", *SHORT)
@@ -165,7 +165,7 @@ def test_deleted_predictions_are_made_again_and_what_depends_on_them(finished, t
 
 def test_damaged_result_is_refused_where_it_is_read(finished, tmp_path):
     project = tmp_path / "project"
-    shutil.copytree(finished[0], project, symlinks=True)
+    shutil.copytree(finished[0], project, symlinks=True, ignore=shutil.ignore_patterns(".snakemake"))
     weights = project / "outputs/demo/round1/compact/fold0/train/weights/last.safetensors"
     whole = weights.read_bytes()
     predict = ["step", "predict", "--recipe-file", "outputs/demo/recipe.yaml", "--round", "round1", "--phase", "compact", "--fold", "0"]
