@@ -6,7 +6,7 @@
 __all__ = ['ToNetworkInput', 'Bfloat16', 'precision_callbacks', 'EpochSeeds', 'finite_loss', 'History', 'Checkpoint',
            'read_checkpoint', 'fit_phase']
 
-# %% ../nbs/09_training.ipynb #190f0699
+# %% ../nbs/09_training.ipynb #bc722631
 import hashlib, io, os, time, warnings
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +32,7 @@ from .losses import LOSSES
 from .metrics import precision_at_iou
 from .models import create_model, load_weights, prepare, prepare_masks, restore, save_weights
 
-# %% ../nbs/09_training.ipynb #b4b2659c
+# %% ../nbs/09_training.ipynb #0fa56734
 class ToNetworkInput(Callback):
     "Turn uint8 tiles and masks of a batch into the network's input and target."
     order = 0
@@ -66,7 +66,7 @@ def precision_callbacks(
     "What half precision needs on `device`: nothing, bf16, or fp16 with loss scaling."
     return {None: [], torch.bfloat16: [Bfloat16()], torch.float16: [MixedPrecision()]}[half_dtype(device)]
 
-# %% ../nbs/09_training.ipynb #537c30e4
+# %% ../nbs/09_training.ipynb #fd3a598e
 class EpochSeeds(Callback):
     "Make every epoch's random numbers a function of the phase's seed and the epoch."
     order = -10
@@ -95,9 +95,9 @@ def finite_loss(
 
     return guarded
 
-# %% ../nbs/09_training.ipynb #17e76e79
+# %% ../nbs/09_training.ipynb #12ff1dd4
 class History(Callback):
-    "Score the validation tiles, keep a row an epoch and print it."
+    "Score the validation tiles and keep a row an epoch."
     order = 40
 
     def __init__(
@@ -132,11 +132,10 @@ class History(Callback):
             "mAP": float(np.concatenate(self.precisions).mean()), "lr": float(self.opt.hypers[-1]["lr"]),
             "tiles_per_second": sum(n for _, n in self.losses[True]) / (self.trained - self.started), "seconds": now - self.started,
         })
-        print("epoch {epoch:3d}  train {train_loss:.4f}  valid {valid_loss:.4f}  mAP {mAP:.4f}  lr {lr:.1e}  {tiles_per_second:.0f} tiles/s  {seconds:.0f} s".format(**self.rows[-1]), flush=True)
 
 
 class Checkpoint(Callback):
-    "After each epoch write all that is needed to go on from it."
+    "After each epoch write all that is needed to go on from it, then print the epoch's line: an epoch that was printed is safe."
     order = 50
 
     def __init__(self, path: Path, settings: dict, history: History):
@@ -152,6 +151,7 @@ class Checkpoint(Callback):
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomic(self.path, buffer.getvalue())
+        print("epoch {epoch:3d}  train {train_loss:.4f}  valid {valid_loss:.4f}  mAP {mAP:.4f}  lr {lr:.1e}  {tiles_per_second:.0f} tiles/s  {seconds:.0f} s".format(**self.history.rows[-1]), flush=True)
 
 
 def read_checkpoint(
@@ -172,7 +172,7 @@ def read_checkpoint(
         raise SaltError(f"{path} was begun with other settings (then and now: {other}): delete it to train this phase from its beginning, or go back to them.")
     return state
 
-# %% ../nbs/09_training.ipynb #be79119d
+# %% ../nbs/09_training.ipynb #a02a5144
 def fit_phase(
     train: Tiles,  # tiles with masks to learn from
     valid: Tiles,  # tiles with masks to score after each epoch

@@ -11,6 +11,11 @@ ROOT = Path(__file__).parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_collection_modifyitems(items):
+    "Whole runs first: they take longest, and no worker should be left alone with them at the end."
+    items.sort(key=lambda item: "test_runs" not in item.nodeid)
+
+
 def git(folder: Path, *args: str) -> str:
     command = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org", *args]
     return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
