@@ -8,7 +8,7 @@ __all__ = ['PUBLISHED_V5', 'PUBLISHED_BES', 'DEMO_SECTIONS', 'DEMO_SEED', 'check
            'status_rows', 'show_status', 'Member', 'published_members', 'run_members', 'find_members', 'predict_folder',
            'predict_settings', 'run_demo', 'make_parser', 'main']
 
-# %% ../nbs/16_cli.ipynb #35ec7ae4
+# %% ../nbs/16_cli.ipynb #b5264259
 import argparse, fcntl, io, os, re, shutil, socket, subprocess, sys
 from collections import Counter
 from dataclasses import dataclass
@@ -18,7 +18,10 @@ from .core import SaltError, checksum, project_root, read_json, read_record
 from .data import refuse_bad_data
 from .recipes import Recipe, Step, read_recipe, recipe_folder, recipe_steps, step_folder, step_inputs, write_recipe
 
-# %% ../nbs/16_cli.ipynb #e9782af5
+# papermill and nbformat load jsonschema, which would build a grammar of web addresses for 3 s if it could; notebooks hold none.
+sys.modules.setdefault("rfc3987_syntax", None)
+
+# %% ../nbs/16_cli.ipynb #e9e413c6
 def check_parameters(
     notebook: str | Path,  # a run notebook
     parameters: dict,  # values for its cell tagged `parameters`
@@ -61,12 +64,14 @@ def execute_notebook(
     # Sockets in a folder of its own: two kernels that start at once can't meet on a port, and none is open to others.
     with tempfile.TemporaryDirectory() as sockets:
         config = Config(KernelManager={"transport": "ipc", "connection_file": f"{sockets}/kernel.json"})
+        # Before it shuts a kernel down, Jupyter interrupts it, and the kernel would report that as an error.
+        config.NotebookClient.extra_arguments = ["--IPKernelApp.log_level=CRITICAL"]
         try:
             papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", progress_bar=False, stdout_file=LabelledLines(label), config=config)
         except papermill.PapermillExecutionError as error:
             raise SaltError(f"{label} failed: {error.ename}: {error.evalue} (the executed notebook is {output})") from None
 
-# %% ../nbs/16_cli.ipynb #9d4e8a6b
+# %% ../nbs/16_cli.ipynb #325a44b4
 def hold(
     path: Path,  # the lock's file; it names its holder
     what: str,  # what is locked, for the message to whoever has to wait
@@ -85,7 +90,7 @@ def hold(
     file.flush()
     return file
 
-# %% ../nbs/16_cli.ipynb #d09dce1d
+# %% ../nbs/16_cli.ipynb #d6b4e88b
 def run_step(
     kind: str,  # a notebook in nbs/runs
     recipe_file: str,  # outputs/<recipe>/recipe.yaml, relative to the project
@@ -108,7 +113,7 @@ def run_step(
         if read_record(folder) is None:
             raise SaltError(f"{folder / kind}.ipynb ended without a record: its last cell must call step.finish.")
 
-# %% ../nbs/16_cli.ipynb #c1401bd9
+# %% ../nbs/16_cli.ipynb #3dc2aa8a
 def find_recipe(
     name: str,  # a recipe in nbs/runs/recipes, a run in outputs, or a YAML file
 ) -> Path:
@@ -191,7 +196,7 @@ def run_recipe(
         failed = [row for row in status_rows(recipe, outputs) if row[1] == "failed"]
         raise SaltError("\n".join([f"{recipe.name} is not complete; mend this and give the same command again, finished steps are kept:", *(f"  {row[0]}: {row[2]}" for row in failed)]))
 
-# %% ../nbs/16_cli.ipynb #495223f1
+# %% ../nbs/16_cli.ipynb #54eee51f
 def notebook_error(
     path: Path,  # an executed notebook
 ) -> str | None:  # last line of its error, None if it has none
@@ -248,7 +253,7 @@ def show_status(
     Console(width=None if sys.stdout.isatty() else 200, soft_wrap=not sys.stdout.isatty()).print(table)
     return all(row[1] == "done" for row in rows)
 
-# %% ../nbs/16_cli.ipynb #0e6c6437
+# %% ../nbs/16_cli.ipynb #6cead741
 PUBLISHED_V5 = re.compile(r"model_128_res34v5(?P<fold>\d)(?P<snapshot>\d)\.pth")
 PUBLISHED_BES = re.compile(r"unet_resnext_50_lovasz_stage_2_(?P<stage>[2-5])/fold_(?P<fold>\d)\.hdf5")
 
@@ -303,7 +308,7 @@ def find_members(
         )
     return members
 
-# %% ../nbs/16_cli.ipynb #e43a30dc
+# %% ../nbs/16_cli.ipynb #5a8e4a36
 def predict_folder(
     images: str | Path,  # folder of ID.png
     models: str | Path,  # as in `find_members`
@@ -359,7 +364,7 @@ def predict_settings(
         raise SaltError(f"salt predict needs {', '.join('--' + key for key in missing)}, as options or in a settings file.")
     return given
 
-# %% ../nbs/16_cli.ipynb #f3cd29f4
+# %% ../nbs/16_cli.ipynb #cb7f5bdc
 DEMO_SECTIONS, DEMO_SEED = 10, 2018
 
 
@@ -379,7 +384,7 @@ def run_demo() -> None:
     print(f"report:             {folder}/report/report.ipynb and {folder}/report/report.html")
     print(f"submission:         {folder}/submission.csv")
 
-# %% ../nbs/16_cli.ipynb #a7ba1d64
+# %% ../nbs/16_cli.ipynb #97bb46ef
 def make_parser() -> argparse.ArgumentParser:
     "The subcommands and their options."
     parser = argparse.ArgumentParser("salt", description="Find salt bodies in seismic tiles: the TGS challenge's winning method and more.")
@@ -397,6 +402,9 @@ def make_parser() -> argparse.ArgumentParser:
         sub.add_argument("recipe", metavar="RECIPE", help="name of a recipe in nbs/runs/recipes or of a run in outputs, or a YAML file")
     run.add_argument("--data", metavar="DIR", help="data folder instead of the recipe's")
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe, e.g. 'rounds.*.phases.*.epochs=1'")
+    mosaic = command("mosaic", "Put the sections together again that the tiles were cut from.", epilog="example: salt mosaic --data data --out outputs/mosaics")
+    mosaic.add_argument("--data", required=True, metavar="DIR", help="data folder")
+    mosaic.add_argument("--out", required=True, metavar="DIR", help="new folder: pairs.csv, a table of ids and a picture for each mosaic")
     predict = command("predict", "Mask a folder of tiles with trained networks.", epilog="example: salt predict --images data/new --models outputs/compact --out outputs/new.csv")
     predict.add_argument("--images", metavar="DIR", help="folder of ID.png, 101 x 101 pixels")
     predict.add_argument("--models", metavar="DIR", help="a run's folder, or one with the files released in 2018 under their published names")
@@ -431,6 +439,11 @@ def main(
             run_recipe(load_recipe(args.recipe, args.data, args.set), args.dry_run, args.cores)
         elif args.command == "status":
             return int(not show_status(args.recipe))
+        elif args.command == "mosaic":
+            from saltlib.mosaic import write_mosaics
+
+            grids = write_mosaics(args.data, args.out)
+            print(f"{args.out}: {len(grids)} mosaics of {sum(int((grid >= 0).sum()) for grid in grids)} tiles")
         elif args.command == "predict":
             predict_folder(**predict_settings(args), device=args.device)
         elif args.command == "step":

@@ -114,7 +114,7 @@ def test_wrong_shapes_are_refused(name):
         with pytest.raises(SaltError, match=r"\[N, 101, 101\]"):
             prepare(torch.zeros(shape), name)
     with pytest.raises(SaltError, match="pixels for tiles"):
-        restore(torch.zeros(1, 1, 96, 96), name)
+        restore(torch.zeros(1, 1, 64, 64), name)
 
 
 @each

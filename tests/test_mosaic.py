@@ -1,0 +1,141 @@
+"""Neighbours and mosaics: right where the truth is known, as published on the competition's tiles, nothing placed on bad input."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from saltlib.cli import main
+from saltlib.core import SaltError
+from saltlib.data import load_tiles, make_folds
+from saltlib.mosaic import assemble, close_pairs, find_neighbors, mosaic_groups, unit
+from saltlib.synthetic import make_dataset
+
+PAIR = ["first", "second", "direction"]
+
+
+def load_all(root):
+    train, test = load_tiles(root, "train"), load_tiles(root, "test")
+    return np.concatenate([train.ids, test.ids]), np.concatenate([train.images, test.images])
+
+
+def named(neighbors, ids):
+    return set(neighbors.assign(first=ids[neighbors["first"]], second=ids[neighbors["second"]])[PAIR].itertuples(index=False, name=None))
+
+
+@pytest.fixture(scope="module")
+def sections(tmp_path_factory):
+    "30 synthetic sections: ids, tiles and their true neighbours."
+    root = make_dataset(tmp_path_factory.mktemp("sections") / "data", n_sections=30, seed=11)
+    truth = set(pd.read_csv(root / "neighbors.csv", dtype=str)[PAIR].itertuples(index=False, name=None))
+    return *load_all(root), truth
+
+
+def noisy(images, deviation):
+    return (images + np.random.default_rng(1).normal(0, deviation, images.shape)).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("method, noise, least_found", [("published", 0, 0.7), ("default", 0, 0.8), ("published", 5, 0), ("default", 5, 0.3)])
+def test_neighbours_of_synthetic_sections(sections, method, noise, least_found):
+    ids, images, truth = sections
+    found = named(find_neighbors(noisy(images, noise) if noise else images, method), ids)
+    assert len(found & truth) >= 0.995 * len(found)
+    assert len(found & truth) >= least_found * len(truth)
+
+
+def test_noise_alone_has_no_neighbours():
+    noise = np.random.default_rng(0).integers(0, 256, (300, 101, 101), dtype=np.uint8)
+    for method in ("default", "published"):
+        assert len(find_neighbors(noise, method)) == 0
+
+
+def test_duplicates_are_not_placed_wrongly(sections):
+    ids, images, truth = sections
+    twice = np.concatenate([images, images[:200]])
+    found = find_neighbors(twice)
+    names = np.concatenate([ids, ids[:200]])
+    assert len(named(found, names) & truth) >= 0.995 * len(found)
+
+
+def test_pairs_are_consistent_and_grids_hold_each_tile_once(sections):
+    ids, images, _ = sections
+    neighbors = find_neighbors(images)
+    assert not neighbors.duplicated(["first", "direction"]).any() and not neighbors.duplicated(["second", "direction"]).any()
+    grids = assemble(neighbors, len(ids))
+    tiles = np.concatenate([grid[grid >= 0] for grid in grids])
+    assert len(tiles) == len(set(tiles)) and min((grid >= 0).sum() for grid in grids) >= 2
+    met = {(a, b, d) for grid in grids for d, first, second in (("right", grid[:, :-1], grid[:, 1:]), ("down", grid[:-1], grid[1:])) for a, b in zip(first.flat, second.flat) if min(a, b) >= 0}
+    assert met == set(neighbors[PAIR].itertuples(index=False, name=None))
+
+
+def test_order_of_tiles_does_not_matter(sections):
+    ids, images, _ = sections
+    order = np.random.default_rng(3).permutation(len(ids))
+    assert named(find_neighbors(images), ids) == named(find_neighbors(images[order]), ids[order])
+
+
+def test_blocks_do_not_matter(monkeypatch):
+    rng = np.random.default_rng(0)
+    last, first = (unit(v) for v in rng.normal(size=(2, 700, 9)).astype(np.float32))
+    whole = close_pairs(last, first, least=0.5)
+    monkeypatch.setattr("saltlib.mosaic.BLOCK", (64, 100))
+    pieces = close_pairs(last, first, least=0.5)
+    assert set(zip(whole.first, whole.second)) == set(zip(pieces.first, pieces.second))
+    np.testing.assert_allclose(whole.rest_first, pieces.rest_first, atol=1e-6)
+    np.testing.assert_allclose(whole.rest_second, pieces.rest_second, atol=1e-6)
+
+
+def test_a_mosaic_stays_in_one_fold(sections):
+    ids, images, _ = sections
+    groups = mosaic_groups(assemble(find_neighbors(images), len(ids)), len(ids))
+    folds = make_folds(ids, np.zeros(len(ids)), groups=groups)
+    assert (pd.Series(folds[groups >= 0]).groupby(groups[groups >= 0]).nunique() == 1).all()
+    assert np.bincount(folds).max() - np.bincount(folds).min() <= 0.1 * len(ids)
+
+
+def test_salt_mosaic_writes_tables_and_pictures(tmp_path, capsys):
+    root = make_dataset(tmp_path / "data", n_sections=2, seed=5)
+    assert main(["mosaic", "--data", str(root), "--out", str(tmp_path / "out")]) == 0
+    grid = pd.read_csv(tmp_path / "out/mosaic_0000.csv", header=None, dtype=str, keep_default_na=False)
+    ids, _ = load_all(root)
+    assert set(grid.to_numpy().ravel()) <= {*ids, ""}
+    assert (tmp_path / "out/mosaic_0000.png").stat().st_size > 1000
+    assert "mosaics of" in capsys.readouterr().out
+    assert main(["mosaic", "--data", str(root), "--out", str(tmp_path / "out")]) == 1
+    assert "not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["default", "published"])
+def test_bad_tiles_are_refused_and_nothing_is_placed_blindly(sections, method):
+    _, images, _ = sections
+    with pytest.raises(SaltError, match="2 tiles or more"):
+        find_neighbors(images[:1], method)
+    with pytest.raises(SaltError, match=r"\[N, 101, 101\]"):
+        find_neighbors(images[:, :100, :100], method)
+    broken = images[:10].astype(float)
+    broken[3, 50, 50] = np.nan
+    with pytest.raises(SaltError, match="Tile 3"):
+        find_neighbors(broken, method)
+    assert len(find_neighbors(np.full((20, 101, 101), 9, np.uint8), method)) == 0
+    assert len(find_neighbors(np.repeat(images[:1], 5, axis=0), method)) == 0
+
+
+def test_the_published_rule_finds_the_published_pairs(tgs):
+    ids, images = load_all(tgs)
+    pairs = find_neighbors(images, "published")
+    assert dict(pairs["direction"].value_counts()) == {"down": 3498, "right": 2855}
+    released = pd.read_csv(tgs.parent / "reference" / "adjacency_half.csv", dtype=str)
+    for direction, known in released.groupby("direction"):
+        own = pairs[pairs["direction"] == direction]
+        follower = dict(zip(ids[own["first"]], ids[own["second"]]))
+        assert [] == [(a, b) for a, b in zip(known["first"], known["second"]) if follower.get(a, b) != b]
+
+
+def test_the_default_rule_reaches_further_and_contradicts_nothing(tgs):
+    ids, images = load_all(tgs)
+    found = named(find_neighbors(images), ids)
+    published = named(find_neighbors(images, "published"), ids)
+    released = set(pd.read_csv(tgs.parent / "reference" / "adjacency_half.csv", dtype=str)[PAIR].itertuples(index=False, name=None))
+    assert len(found) > 1.2 * len(published)
+    assert len(found & released) >= 0.96 * len(released)
+    follower = {(a, d): b for a, b, d in found}
+    assert [] == [(a, b, d) for a, b, d in released if follower.get((a, d), b) != b]
