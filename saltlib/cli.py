@@ -19,7 +19,7 @@ from .data import refuse_bad_data
 from .recipes import Recipe, Step, read_recipe, recipe_folder, recipe_steps, step_folder, step_inputs, write_recipe
 
 # papermill and nbformat load jsonschema, which would build a grammar of web addresses for 3 s if it could; notebooks hold none.
-sys.modules.setdefault("rfc3987_syntax", None)
+sys.modules["rfc3987_syntax"] = sys.modules.get("rfc3987_syntax")
 
 # %% ../nbs/16_cli.ipynb #e9e413c6
 def check_parameters(
