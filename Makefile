@@ -17,7 +17,7 @@ demo: setup ## the whole way on synthetic sections, on a CPU: salt demo
 	@.venv/bin/salt demo
 
 test: setup ## all tests
-	@.venv/bin/python -m pytest -n 2 --dist worksteal --durations 10
+	@.venv/bin/python -m pytest -n 2 --dist load --maxschedchunk 1 --durations 10
 
 lab: setup ## JupyterLab; its Python kernel is the one with saltlib
 	@.venv/bin/jupyter lab

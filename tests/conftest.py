@@ -11,9 +11,14 @@ ROOT = Path(__file__).parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+# Each of these takes a minute or more. The first one makes the run that others in its file look at.
+LONG = ("test_every_step_leaves", "test_killed", "test_failed_step", "test_nbdev_test")
+
+
 def pytest_collection_modifyitems(items):
-    "Whole runs first: they take longest, and no worker should be left alone with them at the end."
-    items.sort(key=lambda item: "test_runs" not in item.nodeid)
+    "Long tests first, what looks at the finished run last: so no worker waits for another, or is left alone at the end."
+    last = len(LONG) + 1
+    items.sort(key=lambda item: next((k for k, name in enumerate(LONG) if item.name.startswith(name)), last if "finished" in item.fixturenames else len(LONG)))
 
 
 def git(folder: Path, *args: str) -> str:
