@@ -8,7 +8,7 @@ __all__ = ['PUBLISHED_V5', 'PUBLISHED_BES', 'DEMO_SECTIONS', 'DEMO_SEED', 'check
            'status_rows', 'show_status', 'Member', 'published_members', 'run_members', 'find_members', 'predict_folder',
            'predict_settings', 'run_demo', 'make_parser', 'main']
 
-# %% ../nbs/16_cli.ipynb #b5264259
+# %% ../nbs/16_cli.ipynb #35ec7ae4
 import argparse, fcntl, io, os, re, shutil, socket, subprocess, sys
 from collections import Counter
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .recipes import Recipe, Step, read_recipe, recipe_folder, recipe_steps, ste
 # papermill and nbformat load jsonschema, which would build a grammar of web addresses for 3 s if it could; notebooks hold none.
 sys.modules["rfc3987_syntax"] = sys.modules.get("rfc3987_syntax")
 
-# %% ../nbs/16_cli.ipynb #e9e413c6
+# %% ../nbs/16_cli.ipynb #e9782af5
 def check_parameters(
     notebook: str | Path,  # a run notebook
     parameters: dict,  # values for its cell tagged `parameters`
@@ -71,7 +71,7 @@ def execute_notebook(
         except papermill.PapermillExecutionError as error:
             raise SaltError(f"{label} failed: {error.ename}: {error.evalue} (the executed notebook is {output})") from None
 
-# %% ../nbs/16_cli.ipynb #325a44b4
+# %% ../nbs/16_cli.ipynb #9d4e8a6b
 def hold(
     path: Path,  # the lock's file; it names its holder
     what: str,  # what is locked, for the message to whoever has to wait
@@ -90,7 +90,7 @@ def hold(
     file.flush()
     return file
 
-# %% ../nbs/16_cli.ipynb #d6b4e88b
+# %% ../nbs/16_cli.ipynb #d09dce1d
 def run_step(
     kind: str,  # a notebook in nbs/runs
     recipe_file: str,  # outputs/<recipe>/recipe.yaml, relative to the project
@@ -113,7 +113,7 @@ def run_step(
         if read_record(folder) is None:
             raise SaltError(f"{folder / kind}.ipynb ended without a record: its last cell must call step.finish.")
 
-# %% ../nbs/16_cli.ipynb #3dc2aa8a
+# %% ../nbs/16_cli.ipynb #c1401bd9
 def find_recipe(
     name: str,  # a recipe in nbs/runs/recipes, a run in outputs, or a YAML file
 ) -> Path:
@@ -196,7 +196,7 @@ def run_recipe(
         failed = [row for row in status_rows(recipe, outputs) if row[1] == "failed"]
         raise SaltError("\n".join([f"{recipe.name} is not complete; mend this and give the same command again, finished steps are kept:", *(f"  {row[0]}: {row[2]}" for row in failed)]))
 
-# %% ../nbs/16_cli.ipynb #54eee51f
+# %% ../nbs/16_cli.ipynb #495223f1
 def notebook_error(
     path: Path,  # an executed notebook
 ) -> str | None:  # last line of its error, None if it has none
@@ -253,7 +253,7 @@ def show_status(
     Console(width=None if sys.stdout.isatty() else 200, soft_wrap=not sys.stdout.isatty()).print(table)
     return all(row[1] == "done" for row in rows)
 
-# %% ../nbs/16_cli.ipynb #6cead741
+# %% ../nbs/16_cli.ipynb #0e6c6437
 PUBLISHED_V5 = re.compile(r"model_128_res34v5(?P<fold>\d)(?P<snapshot>\d)\.pth")
 PUBLISHED_BES = re.compile(r"unet_resnext_50_lovasz_stage_2_(?P<stage>[2-5])/fold_(?P<fold>\d)\.hdf5")
 
@@ -308,7 +308,7 @@ def find_members(
         )
     return members
 
-# %% ../nbs/16_cli.ipynb #5a8e4a36
+# %% ../nbs/16_cli.ipynb #e43a30dc
 def predict_folder(
     images: str | Path,  # folder of ID.png
     models: str | Path,  # as in `find_members`
@@ -364,7 +364,7 @@ def predict_settings(
         raise SaltError(f"salt predict needs {', '.join('--' + key for key in missing)}, as options or in a settings file.")
     return given
 
-# %% ../nbs/16_cli.ipynb #cb7f5bdc
+# %% ../nbs/16_cli.ipynb #f3cd29f4
 DEMO_SECTIONS, DEMO_SEED = 10, 2018
 
 
@@ -384,7 +384,7 @@ def run_demo() -> None:
     print(f"report:             {folder}/report/report.ipynb and {folder}/report/report.html")
     print(f"submission:         {folder}/submission.csv")
 
-# %% ../nbs/16_cli.ipynb #97bb46ef
+# %% ../nbs/16_cli.ipynb #a7ba1d64
 def make_parser() -> argparse.ArgumentParser:
     "The subcommands and their options."
     parser = argparse.ArgumentParser("salt", description="Find salt bodies in seismic tiles: the TGS challenge's winning method and more.")

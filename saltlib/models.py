@@ -9,7 +9,7 @@ __all__ = ['MODELS', 'TILE', 'SCSE', 'conv_bn_elu', 'upsample', 'hypercolumn', '
            'raw_grey', 'centred_grey', 'grey_and_depth', 'Network', 'find_network', 'create_model', 'resize',
            'resize_and_pad', 'prepare', 'prepare_masks', 'restore', 'save_weights', 'load_weights']
 
-# %% ../nbs/07_models.ipynb #7622cd9f
+# %% ../nbs/07_models.ipynb #d9f28d2b
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from torch import nn
 
 from .core import SaltError, write_atomic
 
-# %% ../nbs/07_models.ipynb #56d09778
+# %% ../nbs/07_models.ipynb #ef776117
 class SCSE(nn.Module):
     "Sum of a channel-gated and a pixel-gated copy of the input (scSE)."
 
@@ -41,7 +41,7 @@ class SCSE(nn.Module):
     def forward(self, x):  # [N,C,H,W] -> the same size
         return x * self.channel(x) + x * self.pixel(x)
 
-# %% ../nbs/07_models.ipynb #2e24b494
+# %% ../nbs/07_models.ipynb #6664d924
 def conv_bn_elu(
     channels_in: int,
     channels_out: int,
@@ -66,7 +66,7 @@ def hypercolumn(
     "All maps at the size of the first, stacked."
     return torch.cat([maps[0], *(upsample(x, maps[0].shape[2:]) for x in maps[1:])], 1)
 
-# %% ../nbs/07_models.ipynb #4f639cc0
+# %% ../nbs/07_models.ipynb #74880a0b
 class PyramidAttention(nn.Module):
     "Feature pyramid attention: height and width must be multiples of 4."
 
@@ -85,7 +85,7 @@ class PyramidAttention(nn.Module):
         pyramid = self.side1(half) + upsample(self.side2(quarter), half.shape[2:])
         return upsample(pyramid, x.shape[2:]) * self.direct(x) + self.overall(x)
 
-# %% ../nbs/07_models.ipynb #a688be28
+# %% ../nbs/07_models.ipynb #417f872c
 class MergeBlock(nn.Module):
     "phalanx's block A: doubles the path below and merges it with the skip."
 
@@ -130,7 +130,7 @@ class BesBlock(nn.Module):
         x = x if skip is None else torch.cat([x, skip], 1)
         return self.gate(F.relu(self.norm2(self.conv(x))))
 
-# %% ../nbs/07_models.ipynb #a43fd60f
+# %% ../nbs/07_models.ipynb #c836c246
 def check_size(
     x: torch.Tensor,  # input [N,3,H,W]
     multiple: int,  # height and width must be multiples of it
@@ -140,7 +140,7 @@ def check_size(
     if height % multiple or width % multiple or not height * width:
         raise SaltError(f"An input of {height} x {width} pixels does not fit this network: height and width must be multiples of {multiple} ({multiple}, {2 * multiple}, {3 * multiple} ...). prepare() brings tiles to such a size.")
 
-# %% ../nbs/07_models.ipynb #cf82c0c1
+# %% ../nbs/07_models.ipynb #a0b40607
 def imagenet_weights(
     encoder: str,  # torchvision's name: 'resnet34' or 'resnext50_32x4d'
 ) -> dict[str, torch.Tensor]:  # state dict
@@ -178,7 +178,7 @@ def torchvision_encoder(
     del net.fc
     return net
 
-# %% ../nbs/07_models.ipynb #7067e917
+# %% ../nbs/07_models.ipynb #76878c68
 class Trunk(nn.Module):
     "U-ResNet34 up to the hypercolumn."
 
@@ -217,7 +217,7 @@ class Trunk(nn.Module):
             maps.insert(0, self.last(x))
         return self.dropout(hypercolumn(maps)), skips[0]
 
-# %% ../nbs/07_models.ipynb #764daef6
+# %% ../nbs/07_models.ipynb #286ef3e0
 class OneOutput(nn.Module):
     "Hypercolumn network with one logit map (phalanx v4 and v5)."
 
@@ -268,7 +268,7 @@ def phalanx_v5(pretrained: bool, dropout: float) -> nn.Module:
     "Stage 3: full-resolution stem, one output."
     return OneOutput(Trunk(True, pretrained, dropout), hidden=32)
 
-# %% ../nbs/07_models.ipynb #d7c7f51d
+# %% ../nbs/07_models.ipynb #bf4d5e91
 class BesResNeXt50(nn.Module):
     "U-Net on ResNeXt50 with transposed convolutions and scSE."
 
@@ -311,7 +311,7 @@ class BesResNeXt50(nn.Module):
             x = block(x, skip)
         return self.head(self.dropout(x))
 
-# %% ../nbs/07_models.ipynb #bcf0ce9d
+# %% ../nbs/07_models.ipynb #2cf74e91
 def load_lite0(
     encoder: nn.Module,  # EfficientNet-Lite0 of timm, as segmentation-models-pytorch wraps it
 ) -> None:
@@ -339,7 +339,7 @@ def compact(pretrained: bool) -> nn.Module:
         load_lite0(net.encoder)
     return net
 
-# %% ../nbs/07_models.ipynb #5e773c90
+# %% ../nbs/07_models.ipynb #273dcf8c
 def raw_grey(grey): return grey.expand(-1, 3, -1, -1)
 
 
@@ -396,7 +396,7 @@ def create_model(
         return network.build(pretrained)
     return network.build(pretrained, network.dropout if dropout is None else dropout)
 
-# %% ../nbs/07_models.ipynb #bd900a09
+# %% ../nbs/07_models.ipynb #d9a3b3bc
 TILE = 101  # side of a tile
 
 
@@ -457,7 +457,7 @@ def restore(
     x = probs.reshape(-1, 1, full, full)[..., start:start + size, start:start + size].float()
     return (x if size == TILE else resize(x, TILE))[:, 0]
 
-# %% ../nbs/07_models.ipynb #3ab68cc4
+# %% ../nbs/07_models.ipynb #a9f0c770
 def save_weights(
     network: nn.Module,
     path: str | Path,  # a .safetensors file; it is whole or not there

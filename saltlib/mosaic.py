@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['KEPT', 'BLOCK', 'LENGTH', 'STEP', 'LINES', 'SUMS', 'EXAMPLES', 'RIDGE', 'WEIGHTS', 'OFFSET', 'RIVAL', 'LOOP',
            'STRANGERS', 'FLOOR', 'WASH', 'FRAME', 'NOTHING', 'unit', 'ClosePairs', 'close_pairs', 'distance',
-           'nearest_rival', 'margin', 'published_sides', 'published_pairs', 'facing', 'standard_lines',
+           'nearest_rival', 'best_rivals', 'margin', 'published_sides', 'published_pairs', 'facing', 'standard_lines',
            'learn_continuation', 'learned_sides', 'pair_similarity', 'learned_pairs', 'grow_grids', 'check_images',
            'find_neighbors', 'assemble', 'mosaic_groups', 'draw_mosaic', 'write_mosaics']
 
-# %% ../nbs/03_mosaic.ipynb #ada9c798
+# %% ../nbs/03_mosaic.ipynb #fa10dbd5
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,7 @@ from threadpoolctl import threadpool_limits
 from .core import SaltError, write_atomic
 from .data import SIZE, is_black, load_tiles, refuse_bad_data
 
-# %% ../nbs/03_mosaic.ipynb #461d7e79
+# %% ../nbs/03_mosaic.ipynb #3c4e9b0b
 def unit(
     values: np.ndarray,  # float [N,K]
 ) -> np.ndarray:  # the same shape
@@ -112,17 +112,24 @@ def nearest_rival(
     return np.where(arg[side] == np.arange(len(side)), second[side], np.maximum(best[side], rest[side]))
 
 
-def margin(
+def best_rivals(
     pairs: ClosePairs,
     similarity: np.ndarray,  # float32 [P], of these pairs
     rest_first: np.ndarray,  # float32 [N], best similarity of each last side outside the pairs
     rest_second: np.ndarray,  # float32 [N], the same of the first sides
+) -> np.ndarray:  # float32 [P]
+    "For each pair the best similarity that either of its two sides has elsewhere."
+    return np.maximum(nearest_rival(pairs.first, similarity, rest_first), nearest_rival(pairs.second, similarity, rest_second))
+
+
+def margin(
+    similarity: np.ndarray,  # float32 [P], of pairs
+    rival: np.ndarray,  # float32 [P], best similarity of their sides elsewhere
 ) -> np.ndarray:  # [P], 1 - d/d2: above 0 if the two are nearest to each other
-    "How far a pair is ahead of the nearest rival of its two sides."
-    rival = np.maximum(nearest_rival(pairs.first, similarity, rest_first), nearest_rival(pairs.second, similarity, rest_second))
+    "How far a pair is ahead of its nearest rival."
     return 1 - distance(similarity) / np.maximum(distance(rival), 1e-3)
 
-# %% ../nbs/03_mosaic.ipynb #83307d8c
+# %% ../nbs/03_mosaic.ipynb #1dc5a413
 def published_sides(
     tiles: np.ndarray,  # [N,101,101]; the follower lies to the right
 ) -> tuple[np.ndarray, np.ndarray]:  # descriptors of the last and of the first side, [N,101]
@@ -143,11 +150,11 @@ def published_pairs(
     "Pairs that the published rule accepts."
     sides = published_sides(tiles)
     pairs = close_pairs(*sides, least=0.5)  # a distance below 10
-    compatibility = margin(pairs, pairs.similarity, pairs.rest_first, pairs.rest_second)
+    compatibility = margin(pairs.similarity, best_rivals(pairs, pairs.similarity, pairs.rest_first, pairs.rest_second))
     table = pd.DataFrame({"first": pairs.first, "second": pairs.second, "evidence": compatibility})
     return table[compatibility > 0.25], sides
 
-# %% ../nbs/03_mosaic.ipynb #42e60d5e
+# %% ../nbs/03_mosaic.ipynb #e6b8769d
 LENGTH = 10  # of a descriptor, as far as distances are told
 STEP = {"right": (0, 1), "down": (1, 0)}  # from a tile to its neighbour, in rows and columns
 
@@ -159,7 +166,7 @@ def facing(
     "The tiles, turned such that the neighbour in this direction lies to the right."
     return images if direction == "right" else images.transpose(0, 2, 1)
 
-# %% ../nbs/03_mosaic.ipynb #50c2a861
+# %% ../nbs/03_mosaic.ipynb #42971710
 LINES = 4  # lines of a side that are compared
 SUMS = 100  # canonical variables; those behind are hardly correlated
 EXAMPLES = 60_000  # cuts to learn from, at least
@@ -192,7 +199,7 @@ def learn_continuation(
     weights = [solve_triangular(white.T, vectors[:, :SUMS]) for white, vectors in ((white_before, u), (white_behind, v.T))]
     return *(w.astype(np.float32) for w in weights), correlations[:SUMS].clip(0, 0.99).astype(np.float32)
 
-# %% ../nbs/03_mosaic.ipynb #2a3cb1c7
+# %% ../nbs/03_mosaic.ipynb #5dc19da7
 WEIGHTS = {"sharp": -18.0, "sharp_margin": 75.0, "flat": 35.0, "flat_margin": 9.0, "line": 18.0}
 OFFSET = -45.0
 RIVAL = 0.6  # similarity that a rival is taken to have at least: in a small set there may be none to show that a side is common
@@ -231,14 +238,15 @@ def learned_pairs(
     pairs = close_pairs(*sides["sharp"], least=0.5)
     flat, line = (pair_similarity(sides[kind], pairs.first, pairs.second) for kind in ("flat", "line"))
     none = np.full(len(tiles), -1, np.float32)
+    flat_rival = best_rivals(pairs, flat, none, none)
     measures = {
-        "sharp": distance(pairs.similarity), "sharp_margin": margin(pairs, pairs.similarity, *(np.maximum(rest, RIVAL) for rest in (pairs.rest_first, pairs.rest_second))),
-        "flat": distance(flat), "flat_margin": margin(pairs, flat, none, none), "line": distance(line),
+        "sharp": distance(pairs.similarity), "sharp_margin": margin(pairs.similarity, np.maximum(best_rivals(pairs, pairs.similarity, pairs.rest_first, pairs.rest_second), RIVAL)),
+        "flat": distance(flat), "flat_margin": margin(flat, np.where(flat_rival > -1, flat_rival, flat)), "line": distance(line),  # without a close rival: nothing to be ahead of
     }
     evidence = OFFSET + sum(weight * measures[name] for name, weight in WEIGHTS.items())
     return pd.DataFrame({"first": pairs.first, "second": pairs.second, "evidence": evidence}), sides["sharp"]
 
-# %% ../nbs/03_mosaic.ipynb #b3bad834
+# %% ../nbs/03_mosaic.ipynb #823b89b9
 LOOP = 5.0  # evidence of any further close pair: by chance a side is among the closest few of 22,000 hardly ever
 STRANGERS = -1.5  # evidence of sides that come together and are not close: true neighbours sometimes aren't, across noise or salt
 FLOOR = -10.0  # least evidence of a close pair: one bad side, a fault or an edge of the data, should not outweigh all others
@@ -265,8 +273,8 @@ def grow_grids(
 
     def join(e: float, d: str, a: int, b: int) -> bool:
         grid, other = grids[grid_of[a]], grids[grid_of[b]]
-        if e <= 0 and (not loops or len(grid) == len(other) == 1):
-            return False
+        if e <= 0 and len(grid) == len(other) == 1:
+            return False  # as the sum below would say
         down, right = (place[a][k] + STEP[d][k] - place[b][k] for k in (0, 1))
         if len(grid) < len(other):  # the smaller one moves
             grid, other, down, right = other, grid, -down, -right
@@ -289,7 +297,7 @@ def grow_grids(
         joined = len(waiting) < len(apart)
     return [grid for grid in grids.values() if len(grid) > 1]
 
-# %% ../nbs/03_mosaic.ipynb #8c3de7c8
+# %% ../nbs/03_mosaic.ipynb #57f8f695
 def check_images(
     images: np.ndarray,
 ) -> None:
@@ -326,7 +334,7 @@ def find_neighbors(
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
 
-# %% ../nbs/03_mosaic.ipynb #6ffe8d10
+# %% ../nbs/03_mosaic.ipynb #46a78157
 def assemble(
     neighbors: pd.DataFrame,  # first, second, direction
     n: int,  # number of tiles
@@ -359,7 +367,7 @@ def assemble(
         grids.append(grid)
     return sorted(grids, key=lambda grid: (-(grid >= 0).sum(), grid[grid >= 0].min()))
 
-# %% ../nbs/03_mosaic.ipynb #2116ae59
+# %% ../nbs/03_mosaic.ipynb #353f7cbd
 def mosaic_groups(
     grids: list[np.ndarray],  # from `assemble`
     n: int,  # number of tiles
@@ -370,7 +378,7 @@ def mosaic_groups(
         groups[grid[grid >= 0]] = number
     return groups
 
-# %% ../nbs/03_mosaic.ipynb #b57484d3
+# %% ../nbs/03_mosaic.ipynb #3d8054b7
 WASH, FRAME, NOTHING = (230, 159, 0), (86, 180, 233), 255  # orange for salt, sky blue around train tiles, white where no tile is
 
 
@@ -393,7 +401,7 @@ def draw_mosaic(
             cv2.rectangle(place, (0, 0), (SIZE - 1, SIZE - 1), FRAME, 2)
     return picture
 
-# %% ../nbs/03_mosaic.ipynb #3a19827b
+# %% ../nbs/03_mosaic.ipynb #5f15bdb8
 def write_mosaics(
     root: str | Path,  # data folder in the competition's shape
     out: str | Path,  # folder to fill; it may exist if it is empty

@@ -77,8 +77,8 @@ def test_masks_agree_with_opencv(name, tiles):
         resized, pad = opencv(mask, name)
         expected = pad(resized if name == "bes_resnext50" else (resized > 0.5).astype(np.float32))
         np.testing.assert_allclose(padded[0], expected, atol=1e-5)
-    if METHOD[name][0] >= 101:  # on a smaller grid a mask can't be kept to the pixel
-        assert np.array_equal(restore(prepare_masks(masks, name), name)[1:].numpy() > 0.5, masks[1:])
+    same = (restore(prepare_masks(masks, name), name)[1:].numpy() > 0.5) == masks[1:]
+    assert same.all() if METHOD[name][0] >= 101 else same.mean() > 0.99  # on compact's smaller grid the outline can move by a pixel
 
 
 @each
