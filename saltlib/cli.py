@@ -9,7 +9,7 @@ __all__ = ['PUBLISHED_V5', 'PUBLISHED_BES', 'DEMO_SECTIONS', 'DEMO_SEED', 'check
            'notebook_error', 'status_rows', 'show_status', 'Member', 'published_members', 'run_members', 'find_members',
            'predict_folder', 'predict_settings', 'run_demo', 'make_parser', 'main']
 
-# %% ../nbs/16_cli.ipynb #e501b949
+# %% ../nbs/16_cli.ipynb #3b1d9f03
 import argparse, contextlib, fcntl, io, os, re, shutil, socket, subprocess, sys, tempfile, time
 from collections import Counter
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from .data import refuse_bad_data
 from .ensemble import DEALT
 from .recipes import Recipe, Step, full_name, read_recipe, recipe_folder, recipe_steps, step_folder, step_inputs, write_recipe
 
-# %% ../nbs/16_cli.ipynb #6904a11e
+# %% ../nbs/16_cli.ipynb #f598e19b
 def check_parameters(
     notebook: str | Path,  # a run notebook
     parameters: dict,  # values for its cell tagged `parameters`
@@ -66,7 +66,7 @@ def execute_notebook(
         except papermill.PapermillExecutionError as error:
             raise SaltError(f"{label} failed: {error.ename}: {error.evalue} (the executed notebook is {output})") from None
 
-# %% ../nbs/16_cli.ipynb #332d3671
+# %% ../nbs/16_cli.ipynb #a9b144f7
 def hold(
     path: Path,  # the lock's file; it names its holder
     what: str,  # what is locked, for the message to whoever has to wait
@@ -88,7 +88,7 @@ def hold(
     file.flush()
     return file
 
-# %% ../nbs/16_cli.ipynb #45743a35
+# %% ../nbs/16_cli.ipynb #65632367
 def visible_gpus() -> list[str]:  # names, as CUDA_VISIBLE_DEVICES has them
     "The GPUs that this process may use."
     if not shutil.which("nvidia-smi"):
@@ -110,7 +110,7 @@ def hold_gpu(
                 return gpu, lock
         time.sleep(1)
 
-# %% ../nbs/16_cli.ipynb #05cdd33c
+# %% ../nbs/16_cli.ipynb #4d14a8dd
 def run_step(
     kind: str,  # a notebook in nbs/runs
     recipe_file: str,  # outputs/<recipe>/recipe.yaml, relative to the project
@@ -125,7 +125,9 @@ def run_step(
     folder = step_folder(recipe, step, Path(recipe_file).parent.parent)
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the kernel when it starts
-    place = {k: v for k, v in (("round", round), ("phase", phase), ("fold", fold)) if v not in ("", None)}
+    place = {"round": round} if round else {}
+    if phase:
+        place |= {"phase": phase, "fold": fold}  # no fold: shared by all
     # A step that outlived the run that started it may still be at work here: wait for it.
     with contextlib.ExitStack() as locks:
         locks.enter_context(hold(folder / ".lock", str(step)))
@@ -138,7 +140,7 @@ def run_step(
             raise SaltError(f"{folder / kind}.ipynb ended without a record: its last cell must call step.finish.")
         (folder / "checkpoint.pt").unlink(missing_ok=True)  # the training that it would continue is done
 
-# %% ../nbs/16_cli.ipynb #ee1fa123
+# %% ../nbs/16_cli.ipynb #c3d92b2b
 def find_recipe(
     name: str,  # a recipe in nbs/runs/recipes, a run in outputs, or a YAML file
 ) -> Path:
@@ -274,11 +276,12 @@ def run_recipe(
                 (place / "record.json").unlink()
         if steps:
             (step_folder(recipe, steps[-1], outputs) / "report.html").unlink(missing_ok=True)
-        # A cluster's scheduler deals out GPUs and cores. Here, each GPU has one step at a time; on a CPU the folds of a phase share the cores.
+        # A cluster's scheduler deals out GPUs and cores. Here, each GPU has one step at a time; on a CPU the trainings that wait for none of their round share the cores.
         gpus = 0 if recipe.device == "cpu" else len(visible_gpus())
         if not profile:
             where += ["--resources", f"gpu={gpus}"]
-        threads = 1 if profile or gpus else max(1, cores // len(recipe.folds.use))
+        at_once = max(sum(not phase.start.startswith(f"{name}/") for phase in round_.phases.values()) for name, round_ in recipe.rounds.items()) * len(recipe.folds.use)
+        threads = 1 if profile or gpus else max(1, cores // at_once)
         command = [
             sys.executable, "-m", "snakemake", "--snakefile", str(root / "nbs/runs/Snakefile"), "--directory", str(folder), *where,
             "--config", f"gpu={int(recipe.device != 'cpu' and bool(profile or gpus))}", f"threads={threads}",
@@ -290,7 +293,7 @@ def run_recipe(
         failed = [row for row in status_rows(recipe, outputs) if row[1] == "failed"]
         raise SaltError("\n".join([f"{recipe.name} is not complete; mend this and give the same command again, finished steps are kept:", *(f"  {row[0]}: {row[2]}" for row in failed)]))
 
-# %% ../nbs/16_cli.ipynb #9747d737
+# %% ../nbs/16_cli.ipynb #4dd69a26
 def notebook_error(
     path: Path,  # an executed notebook
 ) -> str | None:  # last line of its error, None if it has none
@@ -347,7 +350,7 @@ def show_status(
     Console(width=None if sys.stdout.isatty() else 200, soft_wrap=not sys.stdout.isatty()).print(table)
     return all(row[1] == "done" for row in rows)
 
-# %% ../nbs/16_cli.ipynb #356f15a2
+# %% ../nbs/16_cli.ipynb #c8d31c76
 PUBLISHED_V5 = re.compile(r"model_128_res34v5(?P<fold>\d)(?P<snapshot>\d)\.pth")
 PUBLISHED_BES = re.compile(r"unet_resnext_50_lovasz_stage_2_(?P<stage>[2-5])/fold_(?P<fold>\d)\.hdf5")
 
@@ -407,7 +410,7 @@ def find_members(
         )
     return members
 
-# %% ../nbs/16_cli.ipynb #73d20e1a
+# %% ../nbs/16_cli.ipynb #826bf3b5
 def predict_folder(
     images: str | Path,  # folder of ID.png
     models: str | Path,  # as in `find_members`
@@ -458,7 +461,7 @@ def predict_settings(
         raise SaltError(f"salt predict needs {', '.join('--' + key for key in missing)}, as options or in a settings file.")
     return given
 
-# %% ../nbs/16_cli.ipynb #8f869cfe
+# %% ../nbs/16_cli.ipynb #4435aa9f
 DEMO_SECTIONS, DEMO_SEED = 10, 2018
 
 
@@ -478,7 +481,7 @@ def run_demo() -> None:
     print(f"report:             {folder}/report/report.ipynb and {folder}/report/report.html")
     print(f"submission:         {folder}/submission.csv")
 
-# %% ../nbs/16_cli.ipynb #b368d68f
+# %% ../nbs/16_cli.ipynb #4449385d
 def make_parser() -> argparse.ArgumentParser:
     "The subcommands and their options."
     parser = argparse.ArgumentParser("salt", description="Find salt bodies in seismic tiles: the TGS challenge's winning method and more.")
@@ -491,7 +494,7 @@ def make_parser() -> argparse.ArgumentParser:
     run = command("run", "Run the missing steps of a recipe.", epilog="example: salt run compact --set folds.use=[0]")
     run.add_argument("--dry-run", action="store_true", help="say which steps would run, how long and with how much disk")
     run.add_argument("--cores", type=int, metavar="N", help="CPU cores to use (default: all)")
-    run.add_argument("--profile", metavar="NAME", help="hand the steps to a cluster: slurm, kubernetes, or a folder with a Snakemake profile")
+    run.add_argument("--profile", metavar="NAME", help="hand the steps to a cluster: slurm, or a folder with a Snakemake profile")
     status = command("status", "Show which steps of a recipe are done, failed or missing; the exit status is 1 unless all are done.", epilog="example: salt status compact")
     for sub in (run, status):
         sub.add_argument("recipe", metavar="RECIPE", help="name of a recipe in nbs/runs/recipes or of a run in outputs, or a YAML file")
