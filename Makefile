@@ -5,10 +5,10 @@ UV := .uv/bin/uv
 # As pip does, uv trusts what the system trusts, a company's own mirror included.
 export UV_SYSTEM_CERTS ?= true
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lab lock upgrade
+.PHONY: help setup demo test test-full lab lock upgrade
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup: .venv/.installed ## the environment in .venv/ (demo, test and lab do this first)
 	@:
@@ -18,6 +18,9 @@ demo: setup ## the whole way on synthetic sections, on a CPU: salt demo
 
 test: setup ## all tests
 	@.venv/bin/python -m pytest -n 2 --dist load --maxschedchunk 1 --durations 10
+
+test-full: setup ## all three rounds of first_place, shortened, on two folds of synthetic data
+	@.venv/bin/python -m pytest -m full
 
 lab: setup ## JupyterLab; its Python kernel is the one with saltlib
 	@.venv/bin/jupyter lab

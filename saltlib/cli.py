@@ -4,24 +4,26 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_V5', 'PUBLISHED_BES', 'DEMO_SECTIONS', 'DEMO_SEED', 'check_parameters', 'LabelledLines', 'execute_notebook',
-           'hold', 'run_step', 'find_recipe', 'load_recipe', 'outdated_steps', 'run_recipe', 'notebook_error',
-           'status_rows', 'show_status', 'Member', 'published_members', 'run_members', 'find_members', 'predict_folder',
-           'predict_settings', 'run_demo', 'make_parser', 'main']
+           'hold', 'visible_gpus', 'hold_gpu', 'run_step', 'find_recipe', 'load_recipe', 'outdated_steps',
+           'count_tiles', 'training_passes', 'measured_rates', 'expected_cost', 'find_profile', 'run_recipe',
+           'notebook_error', 'status_rows', 'show_status', 'Member', 'published_members', 'run_members', 'find_members',
+           'predict_folder', 'predict_settings', 'run_demo', 'make_parser', 'main']
 
-# %% ../nbs/16_cli.ipynb #35ec7ae4
-import argparse, fcntl, io, os, re, shutil, socket, subprocess, sys
+# %% ../nbs/16_cli.ipynb #95b424de
+import argparse, contextlib, fcntl, io, os, re, shutil, socket, subprocess, sys, tempfile, time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from .core import SaltError, checksum, project_root, read_json, read_record
 from .data import refuse_bad_data
-from .recipes import Recipe, Step, read_recipe, recipe_folder, recipe_steps, step_folder, step_inputs, write_recipe
+from .ensemble import DEALT
+from .recipes import Recipe, Step, full_name, read_recipe, recipe_folder, recipe_steps, step_folder, step_inputs, write_recipe
 
 # papermill and nbformat load jsonschema, which would build a grammar of web addresses for 3 s if it could; notebooks hold none.
 sys.modules["rfc3987_syntax"] = sys.modules.get("rfc3987_syntax")
 
-# %% ../nbs/16_cli.ipynb #e9782af5
+# %% ../nbs/16_cli.ipynb #6d47fb2d
 def check_parameters(
     notebook: str | Path,  # a run notebook
     parameters: dict,  # values for its cell tagged `parameters`
@@ -55,8 +57,6 @@ def execute_notebook(
     label: str,  # stands before each line that the notebook prints
 ) -> None:
     "Run a notebook with these parameters from the project's top folder; `SaltError` names the error and the executed copy if it fails."
-    import tempfile
-
     import papermill
     from traitlets.config import Config
 
@@ -67,21 +67,24 @@ def execute_notebook(
         # Before it shuts a kernel down, Jupyter interrupts it, and the kernel would report that as an error.
         config.NotebookClient.extra_arguments = ["--IPKernelApp.log_level=CRITICAL"]
         try:
-            papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", progress_bar=False, stdout_file=LabelledLines(label), config=config)
+            papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", start_timeout=600, progress_bar=False, stdout_file=LabelledLines(label), config=config)
         except papermill.PapermillExecutionError as error:
             raise SaltError(f"{label} failed: {error.ename}: {error.evalue} (the executed notebook is {output})") from None
 
-# %% ../nbs/16_cli.ipynb #9d4e8a6b
+# %% ../nbs/16_cli.ipynb #a9b144f7
 def hold(
     path: Path,  # the lock's file; it names its holder
     what: str,  # what is locked, for the message to whoever has to wait
-):  # the open file: the lock lasts until it is closed, in this process and in those that inherit it
-    "Lock a file for this process, waiting for another holder to end."
+    wait: bool = True,  # for another holder to end
+):  # the open file: the lock lasts until it is closed, in this process and in those that inherit it; None: it is held
+    "Lock a file for this process."
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        if not wait:
+            return file.close()
         file.seek(0)
         print(f"{what} is at work already ({file.read() or 'just started'}); waiting for it to end.", flush=True)
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -90,7 +93,29 @@ def hold(
     file.flush()
     return file
 
-# %% ../nbs/16_cli.ipynb #d09dce1d
+# %% ../nbs/16_cli.ipynb #65632367
+def visible_gpus() -> list[str]:  # names, as CUDA_VISIBLE_DEVICES has them
+    "The GPUs that this process may use."
+    if not shutil.which("nvidia-smi"):
+        return []
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in named.split(",") if name]
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.splitlines()
+    return [str(k) for k in range(sum(line.startswith("GPU ") for line in listed))]
+
+
+def hold_gpu(
+    gpus: list[str],  # of `visible_gpus`, one or more
+    locks: Path,  # folder of the locks
+):  # the name of a GPU and its lock, which lasts until it is closed
+    "Lock the first GPU that no other step holds, waiting until one is free."
+    while True:
+        for gpu in gpus:
+            if lock := hold(locks / f"saltlib-{os.getuid()}-gpu-{gpu}.lock", f"GPU {gpu}", wait=False):
+                return gpu, lock
+        time.sleep(1)
+
+# %% ../nbs/16_cli.ipynb #4d14a8dd
 def run_step(
     kind: str,  # a notebook in nbs/runs
     recipe_file: str,  # outputs/<recipe>/recipe.yaml, relative to the project
@@ -105,15 +130,22 @@ def run_step(
     folder = step_folder(recipe, step, Path(recipe_file).parent.parent)
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the kernel when it starts
-    place = {k: v for k, v in (("round", round), ("phase", phase), ("fold", fold)) if v not in ("", None)}
+    place = {"round": round} if round else {}
+    if phase:
+        place |= {"phase": phase, "fold": fold}  # no fold: shared by all
     # A step that outlived the run that started it may still be at work here: wait for it.
-    with hold(folder / ".lock", str(step)):
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(hold(folder / ".lock", str(step)))
+        if kind in ("train", "predict") and recipe.device != "cpu" and len(gpus := visible_gpus()) > 1:
+            os.environ["CUDA_VISIBLE_DEVICES"], lock = hold_gpu(gpus, Path(tempfile.gettempdir()))
+            locks.enter_context(lock)
         if read_record(folder) is None:
             execute_notebook(f"nbs/runs/{kind}.ipynb", folder / f"{kind}.ipynb", {"recipe_file": recipe_file, **place}, str(step))
         if read_record(folder) is None:
             raise SaltError(f"{folder / kind}.ipynb ended without a record: its last cell must call step.finish.")
+        (folder / "checkpoint.pt").unlink(missing_ok=True)  # the training that it would continue is done
 
-# %% ../nbs/16_cli.ipynb #c1401bd9
+# %% ../nbs/16_cli.ipynb #c3d92b2b
 def find_recipe(
     name: str,  # a recipe in nbs/runs/recipes, a run in outputs, or a YAML file
 ) -> Path:
@@ -157,10 +189,73 @@ def outdated_steps(
     return outdated
 
 
+def count_tiles(
+    data: str | Path,  # data folder
+) -> tuple[int, int]:  # train and test tiles; those of the competition, if there are no data yet
+    "How many tiles the tables of a data folder list."
+    tables = [Path(data) / name for name in ("train.csv", "sample_submission.csv")]
+    return tuple(len(t.read_text().splitlines()) - 1 for t in tables) if all(t.is_file() for t in tables) else (4000, 18_000)
+
+
+def training_passes(
+    recipe: Recipe,
+    step: Step,
+) -> float:  # tiles learned from, as often as they are seen
+    "The most work of a train or predict step, in tiles that go through training; a tile forward is a third of that."
+    phase, (train, test) = recipe.rounds[step.round].phases[step.phase], count_tiles(recipe.data)
+    valid = train / recipe.folds.n
+    if step.kind == "predict":
+        return len(phase.files(step.fold)) * 2 * (valid + test) / 3
+    chosen = sum(max(runs) for *_, runs in DEALT) * test / 18_000 if phase.pseudo_labels.deal else test
+    tiles = (phase.data != "pseudo") * (train - valid) + (phase.data != "train") * chosen
+    return phase.total_epochs * ((phase.draws or 1) * tiles + valid / 3)
+
+
+def measured_rates(
+    outputs: Path,
+) -> dict[str, float]:  # network -> tiles a second
+    "How fast each network was trained on a GPU, by the latest record in the outputs folder."
+    records = [r for f in outputs.glob("*/*/*/*/train") if (r := read_record(f)) and r["device"].startswith("cuda")]
+    return {r["arguments"]["phase"]["model"]: r["metrics"]["tiles_per_second"] for r in sorted(records, key=lambda r: r["finished"])}
+
+
+def expected_cost(
+    recipe: Recipe,
+    steps: list[Step],  # that would run
+    outputs: Path,
+) -> list[str]:  # lines of text
+    "GPU time at the rates measured here, and the disk for predictions."
+    passes, rates, (train, test) = Counter(), measured_rates(outputs), count_tiles(recipe.data)
+    for step in steps:
+        if step.kind in ("train", "predict"):
+            passes[recipe.rounds[step.round].phases[step.phase].model] += training_passes(recipe, step)
+    lines = []
+    for model, n in passes.items():
+        time = f"{n / rates[model] / 3600:.1f} GPU-hours at the measured {rates[model]:.0f} a second" if model in rates else "not yet measured on a GPU here: train one phase for one epoch to know the hours"
+        lines.append(f"{model}: at most {n / 1e6:.3g} million tiles through training, {time}")
+    if set(passes) <= set(rates):
+        lines.append(f"All networks: at most {sum(n / rates[model] for model, n in passes.items()) / 3600:.1f} GPU-hours.")
+    stores = {"predict": train / recipe.folds.n + test, "ensemble": test}
+    size = sum(stores.get(step.kind, 0) for step in steps) * 101 * 101 * 2
+    return [*lines, f"Predictions need at most {size / 1e9:.3g} GB of disk ({sum(step.kind in stores for step in steps)} stores)."]
+
+
+def find_profile(
+    name: str,  # in nbs/runs/profiles, or a folder of your own
+) -> Path:  # folder with a Snakemake profile
+    "The profile's folder; `SaltError` lists the profiles there are."
+    profiles = project_root() / "nbs" / "runs" / "profiles"
+    for path in (profiles / name, Path(name)):
+        if (path / "config.yaml").is_file():
+            return path.resolve()
+    raise SaltError(f"There is no profile {name}: give a folder with a config.yaml or one of {', '.join(sorted(p.name for p in profiles.iterdir()))}.")
+
+
 def run_recipe(
     recipe: Recipe,
-    dry_run: bool = False,  # say what would run
+    dry_run: bool = False,  # say what would run, and what it costs
     cores: int | None = None,  # CPU cores to use; default: all
+    profile: str | None = None,  # hand the steps to a cluster, as in `find_profile`
 ) -> None:
     "Run the missing steps of a recipe. `SaltError` if the data or the settings are refused or a step fails."
     os.chdir(root := project_root())
@@ -168,27 +263,34 @@ def run_recipe(
     folder = recipe_folder(recipe, outputs)
     if dry_run:
         steps = outdated_steps(recipe, outputs)
-        print(*steps, f"{len(steps)} of {len(recipe_steps(recipe))} steps would run.", sep="\n")
+        print(*steps, f"{len(steps)} of {len(recipe_steps(recipe))} steps would run.", *(expected_cost(recipe, steps, outputs) if steps else ()), sep="\n")
         return
+    where = ["--profile", str(find_profile(profile))] if profile else ["--cores", str(cores := cores or len(os.sched_getaffinity(0)))]
     with hold(folder / ".lock", f"A run of {recipe.name}") as lock:
         if read_record(step_folder(recipe, Step("prepare"), outputs)) is None:
             refuse_bad_data(recipe.data)  # said here at once, before any step begins
         write_recipe(recipe, outputs)
-        cores = cores or len(os.sched_getaffinity(0))
         steps = outdated_steps(recipe, outputs)
         print(f"{recipe.name}: {len(steps)} of {len(recipe_steps(recipe))} steps to run, results in {folder}/", flush=True)
         for place in (step_folder(recipe, step, outputs) for step in steps):
             # Snakemake makes a file again only if something that is missing needs it: so what follows from a lost result goes, too,
-            # and a training that had come to its end begins anew.
+            # and a training or prediction that had come to its end begins anew.
             if (place / "record.json").exists():
                 (place / "checkpoint.pt").unlink(missing_ok=True)
+                shutil.rmtree(place / "predictions.zarr", ignore_errors=True)
                 (place / "record.json").unlink()
         if steps:
             (step_folder(recipe, steps[-1], outputs) / "report.html").unlink(missing_ok=True)
-        gpus = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.count("GPU ") if shutil.which("nvidia-smi") else 0
+        # A cluster's scheduler deals out GPUs and cores. Here, each GPU has one step at a time; on a CPU the trainings that wait for none of their round share the cores.
+        gpus = 0 if recipe.device == "cpu" else len(visible_gpus())
+        if not profile:
+            where += ["--resources", f"gpu={gpus}"]
+        at_once = max(sum(not phase.start.startswith(f"{name}/") for phase in round_.phases.values()) for name, round_ in recipe.rounds.items()) * len(recipe.folds.use)
+        threads = 1 if profile or gpus else max(1, cores // at_once)
         command = [
-            sys.executable, "-m", "snakemake", "--snakefile", str(root / "nbs/runs/Snakefile"), "--directory", str(folder), "--cores", str(cores),
-            "--resources", f"gpu={gpus}", "--config", f"gpus={gpus}", "--rerun-incomplete", "--rerun-triggers", "mtime", "--keep-going", "--nolock", "--quiet", "all",
+            sys.executable, "-m", "snakemake", "--snakefile", str(root / "nbs/runs/Snakefile"), "--directory", str(folder), *where,
+            "--config", f"gpu={int(recipe.device != 'cpu' and bool(profile or gpus))}", f"threads={threads}",
+            "--rerun-incomplete", "--rerun-triggers", "mtime", "--keep-going", "--nolock", "--quiet", "all",
         ]
         # Snakemake inherits the lock: as long as it works, also after this process was killed, no other run begins.
         result = subprocess.run(command, pass_fds=[lock.fileno()])
@@ -196,7 +298,7 @@ def run_recipe(
         failed = [row for row in status_rows(recipe, outputs) if row[1] == "failed"]
         raise SaltError("\n".join([f"{recipe.name} is not complete; mend this and give the same command again, finished steps are kept:", *(f"  {row[0]}: {row[2]}" for row in failed)]))
 
-# %% ../nbs/16_cli.ipynb #495223f1
+# %% ../nbs/16_cli.ipynb #4dd69a26
 def notebook_error(
     path: Path,  # an executed notebook
 ) -> str | None:  # last line of its error, None if it has none
@@ -253,7 +355,7 @@ def show_status(
     Console(width=None if sys.stdout.isatty() else 200, soft_wrap=not sys.stdout.isatty()).print(table)
     return all(row[1] == "done" for row in rows)
 
-# %% ../nbs/16_cli.ipynb #0e6c6437
+# %% ../nbs/16_cli.ipynb #c8d31c76
 PUBLISHED_V5 = re.compile(r"model_128_res34v5(?P<fold>\d)(?P<snapshot>\d)\.pth")
 PUBLISHED_BES = re.compile(r"unet_resnext_50_lovasz_stage_2_(?P<stage>[2-5])/fold_(?P<fold>\d)\.hdf5")
 
@@ -263,8 +365,9 @@ class Member:
     "A trained network and its part in its group's mean."
     path: Path
     model: str  # name in saltlib.models
-    group: str  # 'run', 'bes' or 'phalanx'; the groups' means count the same
+    group: str  # the groups' means count the same
     weight: float  # within the group
+    stretch: bool  # the group's mean, over all tiles, to 0..1
 
 
 def published_members(
@@ -275,8 +378,8 @@ def published_members(
     v5 = [(m["fold"], p) for name, p in files.items() if (m := PUBLISHED_V5.fullmatch(p.name))]
     bes = [(m["stage"], p) for name, p in files.items() if (m := PUBLISHED_BES.search(name))]
     snapshots, folds = Counter(fold for fold, _ in v5), Counter(stage for stage, _ in bes)
-    return [Member(p, "phalanx_v5", "phalanx", 1 / snapshots[fold]) for fold, p in v5] \
-        + [Member(p, "bes_resnext50", "bes", (3 if stage == "2" else 1) / folds[stage]) for stage, p in bes]
+    return [Member(p, "phalanx_v5", "phalanx", 1 / snapshots[fold], True) for fold, p in v5] \
+        + [Member(p, "bes_resnext50", "bes", (3 if stage == "2" else 1) / folds[stage], False) for stage, p in bes]
 
 
 def run_members(
@@ -285,14 +388,18 @@ def run_members(
     "The networks of a run's last round. `SaltError` if one is not trained or its weights are damaged."
     recipe = read_recipe(models / "recipe.yaml")
     name, last = list(recipe.rounds.items())[-1]
-    members = []
-    for phase, weight in last.ensemble.items():
-        for fold in recipe.folds.use:
-            folder = models / step_folder(recipe, Step("train", name, phase, fold), "").relative_to(recipe.name)
-            if read_record(folder, verify=True) is None:
-                raise SaltError(f"{folder} holds no trained network: finish the run first (salt run {recipe.name}).")
-            members.append(Member(folder / "weights" / "last.safetensors", last.phases[phase].model, "run", weight))
-    return members
+    found = []
+    for group_name, group in last.ensemble.items():
+        for member, weight in group.members.items():
+            round, phase = full_name(name, member).split("/")
+            settings = recipe.rounds[round].phases[phase]
+            for fold in recipe.folds.use:
+                folder = models / step_folder(recipe, Step("train", round, phase, fold), "").relative_to(recipe.name)
+                if read_record(folder, verify=True) is None:
+                    raise SaltError(f"{folder} holds no trained network: finish the run first (salt run {recipe.name}).")
+                files = settings.files(fold)
+                found += [Member(folder / file, settings.model, group_name, weight / len(files), group.stretch) for file in files]
+    return found
 
 
 def find_members(
@@ -308,7 +415,7 @@ def find_members(
         )
     return members
 
-# %% ../nbs/16_cli.ipynb #e43a30dc
+# %% ../nbs/16_cli.ipynb #826bf3b5
 def predict_folder(
     images: str | Path,  # folder of ID.png
     models: str | Path,  # as in `find_members`
@@ -316,14 +423,11 @@ def predict_folder(
     device: str = "auto",
 ) -> None:
     "Mask every tile of a folder. `SaltError` before work begins if the tiles, the networks or the place for the result are not in order."
-    import tempfile
-
     import numpy as np
 
     from saltlib.data import encode_masks, is_black, load_images, write_rle_csv
     from saltlib.ensemble import in_pieces, stretch
-    from saltlib.inference import predict
-    from saltlib.models import create_model, load_weights
+    from saltlib.inference import load_networks, predict
     from saltlib.published import load_published
 
     out = Path(out)
@@ -335,19 +439,17 @@ def predict_folder(
         means = {group: np.lib.format.open_memmap(f"{scratch}/{group}.npy", "w+", np.float32, tiles.shape) for group in {m.group for m in members}}
         for k, member in enumerate(members):
             print(f"network {k + 1} of {len(members)}: {member.path.name}, {len(ids)} tiles", flush=True)
-            if member.group == "run":
-                load_weights(network := create_model(member.model), member.path)
-            else:
-                network = load_published(member.path, member.model)
+            network = load_networks(member.model, [member.path])[0] if member.path.suffix == ".safetensors" else load_published(member.path, member.model)
             part = member.weight / sum(m.weight for m in members if m.group == member.group)
             for rows in in_pieces(len(ids)):
                 means[member.group][rows] += part * predict(network, tiles[rows], member.model, device=device)
-        ends = {group: (float(mean.min()), float(mean.max())) for group, mean in means.items()}
+        stretched = {m.group for m in members if m.stretch}
+        ends = {group: (float(mean.min()), float(mean.max())) if group in stretched else (0.0, 1.0) for group, mean in means.items()}
         codes = []
         for rows in in_pieces(len(ids)):
             black = is_black(tiles[rows])[:, None, None]
-            parts = [stretch(mean[rows], *ends[group]) if group == "phalanx" else np.where(black, 0, mean[rows]) for group, mean in means.items()]
-            codes += encode_masks(sum(parts) / len(parts) > 0.5)
+            parts = [stretch(mean[rows], *ends[group]) for group, mean in means.items()]
+            codes += encode_masks(~black & (sum(parts) / len(parts) > 0.5))
     write_rle_csv(out, ids, codes)
     print(f"{out}: {len(ids)} tiles, {sum(code != '' for code in codes)} with salt")
 
@@ -364,7 +466,7 @@ def predict_settings(
         raise SaltError(f"salt predict needs {', '.join('--' + key for key in missing)}, as options or in a settings file.")
     return given
 
-# %% ../nbs/16_cli.ipynb #f3cd29f4
+# %% ../nbs/16_cli.ipynb #4435aa9f
 DEMO_SECTIONS, DEMO_SEED = 10, 2018
 
 
@@ -384,7 +486,7 @@ def run_demo() -> None:
     print(f"report:             {folder}/report/report.ipynb and {folder}/report/report.html")
     print(f"submission:         {folder}/submission.csv")
 
-# %% ../nbs/16_cli.ipynb #a7ba1d64
+# %% ../nbs/16_cli.ipynb #46e2fe54
 def make_parser() -> argparse.ArgumentParser:
     "The subcommands and their options."
     parser = argparse.ArgumentParser("salt", description="Find salt bodies in seismic tiles: the TGS challenge's winning method and more.")
@@ -395,8 +497,9 @@ def make_parser() -> argparse.ArgumentParser:
     check = command("check-data", "List every problem of a data folder; the exit status is 1 if there is any.", epilog="example: salt check-data data")
     check.add_argument("folder", metavar="DIR", help="folder with depths.csv, train.csv, sample_submission.csv and the tiles, zipped or not")
     run = command("run", "Run the missing steps of a recipe.", epilog="example: salt run compact --set folds.use=[0]")
-    run.add_argument("--dry-run", action="store_true", help="say which steps would run")
+    run.add_argument("--dry-run", action="store_true", help="say which steps would run, how long and with how much disk")
     run.add_argument("--cores", type=int, metavar="N", help="CPU cores to use (default: all)")
+    run.add_argument("--profile", metavar="NAME", help="hand the steps to a cluster: slurm, or a folder with a Snakemake profile")
     status = command("status", "Show which steps of a recipe are done, failed or missing; the exit status is 1 unless all are done.", epilog="example: salt status compact")
     for sub in (run, status):
         sub.add_argument("recipe", metavar="RECIPE", help="name of a recipe in nbs/runs/recipes or of a run in outputs, or a YAML file")
@@ -416,7 +519,7 @@ def make_parser() -> argparse.ArgumentParser:
     step.add_argument("--recipe-file", required=True, metavar="FILE", help="the recipe as it stands beside its results")
     step.add_argument("--round", default="")
     step.add_argument("--phase", default="")
-    step.add_argument("--fold", type=int)
+    step.add_argument("--fold", type=int, help="none for a phase that is shared by all folds")
     step.add_argument("--threads", type=int, default=0, help="threads for torch on the CPU")
     return parser
 
@@ -436,7 +539,7 @@ def main(
             print("\n".join(problems) if problems else f"{args.folder}: no problems")
             return int(bool(problems))
         elif args.command == "run":
-            run_recipe(load_recipe(args.recipe, args.data, args.set), args.dry_run, args.cores)
+            run_recipe(load_recipe(args.recipe, args.data, args.set), args.dry_run, args.cores, args.profile)
         elif args.command == "status":
             return int(not show_status(args.recipe))
         elif args.command == "mosaic":

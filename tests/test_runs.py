@@ -22,15 +22,15 @@ from saltlib.recipes import read_recipe, recipe_steps, step_folder, write_recipe
 from saltlib.synthetic import make_dataset
 
 SALT = [Path(sys.executable).with_name("salt")]
-SHORT = ["--set", "rounds.*.phases.*.epochs=1", "--set", "rounds.*.pseudo_labels={confidence: 0.5}"]
+SHORT = ["--set", "rounds.*.phases.*.epochs=1", "--set", "rounds.*.phases.*.pseudo_labels={confidence: 0.5}"]
 
 
-def make_project(folder: Path) -> Path:
+def make_project(folder: Path, n_sections: int = 2, **data) -> Path:
     "A project of its own: outputs and data apart, notebooks and recipes of this one."
     folder.mkdir(parents=True)
     shutil.copy(ROOT / "settings.ini", folder)
     (folder / "nbs").symlink_to(ROOT / "nbs")
-    make_dataset(folder / "data" / "demo", n_sections=2, seed=5)
+    make_dataset(folder / "data" / "demo", n_sections=n_sections, seed=5, **data)
     return folder
 
 
@@ -112,9 +112,12 @@ def test_pseudo_labels_of_a_fold_come_from_its_own_models(finished):
         masks = np.array([rle_decode(rle) for rle in table["rle_mask"]])
         not_black = table["unique_pixels"].to_numpy() > 1
         assert (masks == (own > 0.5))[not_black].all()
-        assert not table["chosen"][~not_black].any()
         learned = json.loads((run / f"round2/compact/fold{fold}/train/record.json").read_text())
         assert "demo/round1/ensemble" in learned["inputs"] and learned["arguments"]["clean_pseudo_labels"]
+        alone = json.loads((run / f"round1/compact/fold{fold}/train/record.json").read_text())
+        chosen = not_black & (table["confidence"] >= 0.5)
+        assert learned["metrics"]["tiles"] == alone["metrics"]["tiles"] + chosen.sum()
+        assert "contaminated" not in learned["metrics"]
 
 
 def test_out_of_fold_predictions_stand_beside_those_of_the_test_tiles(finished):

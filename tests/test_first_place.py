@@ -1,0 +1,115 @@
+"""The three published rounds, shortened, on synthetic data: from folds to the submission, as one graph."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+from conftest import ROOT
+from test_runs import make_project, records, salt
+
+from saltlib.core import read_record
+from saltlib.data import PredictionStore
+from saltlib.recipes import is_contaminated, read_recipe, recipe_steps, step_folder
+
+PUBLISHED = ["id", "unique_pixels", "mask_pixels", "confidence"]
+
+
+def shortened(project: Path, name: str, **changes) -> Path:
+    "first_place with an epoch a cycle and batches of two tiles, from random weights, on two folds; every pseudo-label counts."
+    recipe = yaml.safe_load((ROOT / "nbs/runs/recipes/first_place.yaml").read_text())
+    recipe |= {"name": name, "data": "data/demo", "device": "cpu", "folds": {"n": 2, "use": [0, 1]}} | changes
+    for round_ in recipe["rounds"].values():
+        for phase in round_["phases"].values():
+            phase |= {"epochs": 1, "batch_size": 2, "start": phase["start"].replace("imagenet", "scratch")}
+            if "pseudo_labels" in phase:
+                phase["pseudo_labels"] = phase["pseudo_labels"] | {"confidence": 0}
+    (project / f"{name}.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return project / f"{name}.yaml"
+
+
+def one_of_each_kind(path: Path) -> None:
+    "Leave one phase of each kind a round: plateau, cosine, snapshots, shared; one cycle where the number does not matter."
+    recipe = yaml.safe_load(path.read_text())
+    first, second, third = (round_["phases"] for round_ in recipe["rounds"].values())
+    for phases, names in ((first, ("bes_2", "bes_4", "bes_5")), (second, ("bes_1", "bes_3", "bes_4", "bes_5"))):
+        for name in names:
+            del phases[name]
+    first["bes_3"]["start"], second["bes_2"]["start"] = "round1/bes_1", "round2/bes_0"
+    for phase, cycles, weights in ((first["phalanx_v4"], 2, [1]), (second["phalanx_v3"], 1, [0]), (third["phalanx_v5_pre"], 1, "last"), (third["phalanx_v5"], 2, [0, 1])):
+        phase |= {"schedule": phase["schedule"] | {"cycles": cycles}, "weights": weights, "fold_snapshots": {}}
+    for name, members in (("round1", {"bes_3": 1}), ("round2", {"bes_2": 3}), ("round3", {"round2/bes_2": 3})):
+        recipe["rounds"][name]["ensemble"]["bes"]["members"] = members
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+
+
+def check_run(project: Path, name: str) -> None:
+    "Every step has its record and its executed notebook; the submission has every tile; pseudo-label files are the published ones."
+    run = project / "outputs" / name
+    recipe = read_recipe(run / "recipe.yaml")
+    for step in recipe_steps(recipe):
+        folder = step_folder(recipe, step, project / "outputs")
+        record = read_record(folder, verify=True)
+        assert record["metrics"].get("contaminated", False) == (is_contaminated(recipe, step) and "mAP" in record["metrics"])
+        notebook = nbformat.read(folder / f"{step.kind}.ipynb", 4)
+        assert notebook.metadata.papermill.exception is None and notebook.metadata.papermill.end_time
+        assert not [o for c in notebook.cells for o in c.get("outputs", []) if o.get("name") == "stderr"]
+        assert not (folder / "checkpoint.pt").exists()
+    asked, answer = (pd.read_csv(p, dtype=str, keep_default_na=False)["id"] for p in (project / "data/demo/sample_submission.csv", run / "submission.csv"))
+    assert sorted(asked) == list(answer)
+    tables = list(run.glob("*/ensemble/pseudo_labels/*.csv"))
+    assert len(tables) == 3 * (1 + recipe.clean_pseudo_labels * len(recipe.folds.use))
+    for table in tables:
+        labels = pd.read_csv(table, dtype={"id": str})
+        assert list(labels.columns[:4]) == PUBLISHED and list(labels["id"]) == list(answer)
+        assert labels["confidence"].between(0, 1).all()
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return make_project(tmp_path_factory.mktemp("first_place") / "project", n_sections=1, height_tiles=2, width_tiles=4, train_share=0.5, black_share=0)
+
+
+def test_three_rounds_with_one_phase_of_each_kind(project):
+    path = shortened(project, "kinds", clean_pseudo_labels=False, folds={"n": 2, "use": [1]})
+    one_of_each_kind(path)
+    plan = salt(project, "run", path, "--dry-run").stdout
+    assert "18 of 18 steps would run." in plan and "train round2 bes_0 shared" in plan
+    assert "phalanx_v3: at most" in plan and "8 stores" in plan and re.search(r"at most [\d.e-]+ GB of disk", plan)
+    assert "GPU-hours" not in plan  # nothing was measured on a GPU here
+
+    salt(project, "run", path)
+    check_run(project, "kinds")
+    run = project / "outputs/kinds"
+    assert sorted(f.stem for f in (run / "round1/phalanx_v4/fold1/train/weights").iterdir()) == ["best", "last", "snapshot0", "snapshot1"]
+    predicted = json.loads((run / "round1/phalanx_v4/fold1/predict/record.json").read_text())
+    assert predicted["arguments"]["weights"] == ["weights/snapshot1.safetensors"] and predicted["metrics"]["networks"] == 1
+    assert not (run / "round3/bes_2").exists()  # round 3 reads round 2's predictions
+    assert PredictionStore(run / "round3/ensemble/predictions.zarr").complete
+
+    status = salt(project, "status", "kinds").stdout
+    marked = [line for line in status.splitlines() if "contaminated True" in line]
+    assert len(marked) == 3 + 2 + 2 and not any("round1" in line for line in marked)
+    assert "contaminated" in (run / "report/report.html").read_text()
+    before = records(project, "kinds")
+    assert "0 of 18 steps to run" in salt(project, "run", path).stdout and records(project, "kinds") == before
+
+
+@pytest.mark.full
+def test_every_phase_on_two_folds(project):
+    path = shortened(project, "whole")
+    salt(project, "run", path)
+    check_run(project, "whole")
+    run, before = project / "outputs/whole", records(project, "whole")
+    assert len(before) == 1 + 2 * 15 + 2 * 11 + 3 + 1
+    assert "0 of 57 steps to run" in salt(project, "run", path).stdout and records(project, "whole") == before
+    shutil.rmtree(run / "round2/bes_3/fold1/predict/predictions.zarr")
+    salt(project, "run", path)
+    after = records(project, "whole")
+    again = {k for k in after if after[k] != before[k]}
+    assert {"round2/bes_3/fold1/predict", "round2/ensemble", "round3/ensemble", "report"} <= again
+    assert not any(k.startswith("round1") or k.startswith("round2/phalanx") for k in again)
