@@ -554,6 +554,9 @@ def main(
     except SaltError as error:
         print(f"salt {args.command}: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"salt {args.command}: {error.filename or 'a file'}: {error.strerror}. Mend that and give the same command again; finished steps and epochs are kept.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"salt {args.command}: stopped; the same command goes on from the last finished step and epoch.", file=sys.stderr)
         return 130

@@ -642,16 +642,21 @@ class PredictionStore:
         rows: slice,  # whole chunks, such as `pending` gives
         probs: np.ndarray,  # float [n,size,size], 0..1
     ) -> None:
-        "Write the predictions of some rows. `SaltError` if they aren't whole chunks, or no probabilities (NaN: the network diverged)."
+        "Write the predictions of some rows. `SaltError` if they aren't whole chunks, no probabilities (NaN: the network diverged), or if the disk is full."
         probs = np.asarray(probs)
         if rows.start % CHUNK or rows.stop not in {len(self.ids), *range(0, len(self.ids), CHUNK)} or probs.shape != (rows.stop - rows.start, *self._probs.shape[1:]):
             raise SaltError(f"Predictions come in whole chunks of {CHUNK} tiles; rows {rows.start} to {rows.stop} with an array of shape {probs.shape} are none.")
         if not (probs.min() >= -1e-3 and probs.max() <= 1 + 1e-3):
             raise SaltError(f"{self.path}: the predictions for rows {rows.start} to {rows.stop} are not all between 0 and 1 ({probs.min()} to {probs.max()}).")
-        # Less than the smallest normal half-precision number is 0: subnormal ones convert ten times slower.
-        self._probs[rows] = np.where(probs < 2**-14, 0, np.minimum(probs, 1)).astype(np.float16)
-        self._flags[rows.start // CHUNK : -(-rows.stop // CHUNK)] = True
-        self._written[:] = self._flags
+        flags = self._flags.copy()
+        flags[rows.start // CHUNK : -(-rows.stop // CHUNK)] = True
+        try:
+            # Less than the smallest normal half-precision number is 0: subnormal ones convert ten times slower.
+            self._probs[rows] = np.where(probs < 2**-14, 0, np.minimum(probs, 1)).astype(np.float16)
+            self._written[:] = flags
+        except OSError as error:
+            raise SaltError(f"{self.path} could not be written ({error.strerror}): make room or permission there, then repeat the command; what was written before is kept.") from error
+        self._flags = flags
 
     def read(
         self,
