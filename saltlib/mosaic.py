@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'BLOCK', 'LENGTH', 'STEP', 'LINES', 'SUMS', 'EXAMPLES', 'RIDGE', 'WEIGHTS', 'OFFSET', 'RIVAL', 'LOOP',
-           'STRANGERS', 'FLOOR', 'WASH', 'FRAME', 'NOTHING', 'unit', 'ClosePairs', 'close_pairs', 'distance',
+           'STRANGERS', 'FLOOR', 'CLOSE', 'WASH', 'FRAME', 'NOTHING', 'unit', 'ClosePairs', 'close_pairs', 'distance',
            'nearest_rival', 'best_rivals', 'margin', 'published_sides', 'published_pairs', 'facing', 'standard_lines',
            'learn_continuation', 'learned_sides', 'pair_similarity', 'learned_pairs', 'grow_grids', 'check_images',
-           'find_neighbors', 'assemble', 'mosaic_groups', 'draw_mosaic', 'write_mosaics']
+           'find_neighbors', 'assemble', 'mosaic_groups', 'mosaic_table', 'closest_known', 'draw_mosaic',
+           'write_mosaics']
 
 # %% ../nbs/03_mosaic.ipynb #fa10dbd5
 import os
@@ -377,6 +378,33 @@ def mosaic_groups(
     for number, grid in enumerate(grids):
         groups[grid[grid >= 0]] = number
     return groups
+
+# %% ../nbs/03_mosaic.ipynb #76378948
+def mosaic_table(
+    grids: list[np.ndarray],  # from `assemble`
+    ids: np.ndarray,  # str [N], of the rows that the grids name
+) -> pd.DataFrame:  # id, mosaic, row, column; counted from 0
+    "The place of each tile that lies in a mosaic."
+    places = [(ids[tile], number, *at) for number, grid in enumerate(grids) for at, tile in np.ndenumerate(grid) if tile >= 0]
+    return pd.DataFrame(places, columns=["id", "mosaic", "row", "column"])
+
+
+CLOSE = "beside it", "in its mosaic", "nowhere near"
+
+
+def closest_known(
+    mosaics: pd.DataFrame,  # from `mosaic_table`
+    ids: np.ndarray,  # str [N], train tiles
+    folds: np.ndarray,  # int [N]
+) -> np.ndarray:  # str [N], one of `CLOSE`
+    "Where the closest train tile of another fold lies."
+    placed = pd.DataFrame({"id": ids, "fold": folds}).merge(mosaics, on="id")
+    fold_at = dict(zip(zip(placed["mosaic"], placed["row"], placed["column"]), placed["fold"]))
+    sides = [(down * sign, right * sign) for down, right in STEP.values() for sign in (1, -1)]
+    beside = [any(fold_at.get((m, row + down, column + right), fold) != fold for down, right in sides) for (m, row, column), fold in fold_at.items()]
+    inside = placed.groupby("mosaic")["fold"].transform("nunique") > 1
+    close = np.select([beside, inside], CLOSE[:2], CLOSE[2])
+    return pd.Series(close, index=placed["id"]).reindex(ids).fillna(CLOSE[2]).to_numpy(str)
 
 # %% ../nbs/03_mosaic.ipynb #3d8054b7
 WASH, FRAME, NOTHING = (230, 159, 0), (86, 180, 233), 255  # orange for salt, sky blue around train tiles, white where no tile is

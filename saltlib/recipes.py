@@ -6,9 +6,10 @@
 __all__ = ['Name', 'PhaseName', 'Snapshots', 'Strict', 'AdamW', 'RMSprop', 'SGD', 'OneCycle', 'Plateau', 'Cosine', 'PseudoLabels',
            'Phase', 'Members', 'Round', 'Folds', 'Recipe', 'full_name', 'set_value', 'parse_recipe', 'read_recipe',
            'recipe_folder', 'write_recipe', 'Step', 'fold_of', 'members', 'recipe_steps', 'previous_round',
-           'step_inputs', 'is_contaminated', 'step_folder', 'step_arguments', 'OpenStep', 'open_step', 'step_folds',
-           'split_fold', 'pseudo_label_file', 'choose_for_phase', 'join_tiles', 'training_tiles', 'fit_settings',
-           'tiles_to_predict', 'round_ensemble', 'count_choices', 'run_records', 'score_table', 'run_histories']
+           'step_inputs', 'is_contaminated', 'step_folder', 'rules_in_use', 'step_arguments', 'OpenStep', 'open_step',
+           'step_mosaics', 'step_folds', 'split_fold', 'pseudo_label_file', 'choose_for_phase', 'join_tiles',
+           'training_tiles', 'fit_settings', 'tiles_to_predict', 'round_ensemble', 'count_choices', 'run_records',
+           'score_table', 'mean_row', 'scores_by_place', 'compare_folds', 'run_histories']
 
 # %% ../nbs/14_recipes.ipynb #b36c8219
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from .core import RunRecord, SaltError, checksum, derive_seed, read_record, write_atomic
 from .data import PredictionStore, Tiles, is_black, load_tiles, make_folds, read_folds, refuse_bad_data
 from .ensemble import Ensemble, Group, choose_pseudo_labels, decode_masks, read_pseudo_labels
+from .metrics import bootstrap_interval
+from .mosaic import CLOSE, assemble, closest_known, find_neighbors, mosaic_groups
 
 # %% ../nbs/14_recipes.ipynb #70cdf087
 class Strict(BaseModel):
@@ -158,10 +161,13 @@ class Folds(Strict):
     "How the train tiles are split, and which folds are run."
     n: int = Field(5, ge=2)
     use: tuple[int, ...] = (0, 1, 2, 3, 4)  # folds to train, each validated on its own tiles
-    file: str | None = None  # a fold file of your own (id,fold), instead of folds by depth
+    by: Literal["depth", "mosaic"] = "depth"  # as published, or each mosaic in one fold
+    file: str | None = None  # a fold file of your own (id,fold) instead
 
     @model_validator(mode="after")
     def folds_exist(self):
+        if self.file and self.by == "mosaic":
+            raise ValueError("folds come from the file or by mosaic, not from both: leave one of them out")
         if not self.use or sorted(set(self.use)) != list(self.use) or not 0 <= self.use[0] <= self.use[-1] < self.n:
             raise ValueError(f"folds in use must be different numbers from 0 to {self.n - 1} in rising order, not {list(self.use)}")
         return self
@@ -175,6 +181,7 @@ class Recipe(Strict):
     device: str = "auto"  # 'auto', 'cpu', 'cuda'
     folds: Folds = Folds()
     clean_pseudo_labels: bool = True  # fold k's pseudo-labels come only from models that never saw fold k's tiles
+    postprocess: tuple[Literal["published", "continued"], ...] = ()  # mosaic rules that correct the submission; the first that speaks of a tile decides
     rounds: dict[Name, Round] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -384,19 +391,27 @@ def step_folder(
     return recipe_folder(recipe, outputs).joinpath(*(p for p in parts if p))
 
 
+def rules_in_use(
+    recipe: Recipe,
+    round: str,
+) -> tuple[str, ...]:  # names of saltlib.postprocess.RULES
+    "The mosaic rules that correct a round's submission: only the last round's is corrected."
+    return recipe.postprocess if round == list(recipe.rounds)[-1] else ()
+
+
 def step_arguments(
     recipe: Recipe,
     step: Step,
 ) -> dict:  # plain values, as they stand in the step's record
     "All settings that decide a step's result, beside the results of the steps it waits for."
-    common = {"data": recipe.data, "seed": recipe.seed, "folds": {"n": recipe.folds.n, "file": recipe.folds.file}}
+    common = {"data": recipe.data, "seed": recipe.seed, "folds": recipe.folds.model_dump(include={"n", "by", "file"})}
     if step.kind == "train":
         common |= {"phase": recipe.rounds[step.round].phases[step.phase].model_dump(mode="json"), "clean_pseudo_labels": recipe.clean_pseudo_labels}
     elif step.kind == "predict":
         common |= {"weights": recipe.rounds[step.round].phases[step.phase].files(step.fold)}
     elif step.kind == "ensemble":
         groups = {name: group.model_dump(mode="json") for name, group in recipe.rounds[step.round].ensemble.items()}
-        common |= {"ensemble": groups, "use": list(recipe.folds.use), "clean_pseudo_labels": recipe.clean_pseudo_labels}
+        common |= {"ensemble": groups, "use": list(recipe.folds.use), "clean_pseudo_labels": recipe.clean_pseudo_labels, "postprocess": list(rules_in_use(recipe, step.round))}
     elif step.kind == "report":
         common |= {"recipe": recipe.model_dump(mode="json")}
     place = {k: v for k, v in (("round", step.round), ("phase_name", step.phase), ("fold", step.fold)) if v not in ("", None)}
@@ -487,16 +502,30 @@ def open_step(
     return opened
 
 # %% ../nbs/14_recipes.ipynb #ca0ad5fa
+def step_mosaics(
+    train: Tiles,
+    test: Tiles,
+) -> list[np.ndarray]:  # grids of row numbers, those of the test tiles after those of the train tiles
+    "The mosaics of all tiles, found by their pictures alone."
+    images = np.concatenate([train.images, test.images])
+    return assemble(find_neighbors(images), len(images))
+
+
 def step_folds(
     step: OpenStep,  # 'prepare'
     train: Tiles,
     test: Tiles,
+    mosaics: list[np.ndarray],  # of `step_mosaics`
 ) -> np.ndarray:  # fold of each train tile
-    "Folds by depth over all tiles, or from the recipe's own file. `SaltError` if that file lacks a tile or has another number of folds."
+    "Folds by depth over all tiles, by mosaic with the known salt balanced, or from the recipe's own file. `SaltError` if a fold has no train tile, or the file lacks a tile or has another number of folds."
     settings = step.recipe.folds
     if settings.file is None:
         ids, depths = np.concatenate([train.ids, test.ids]), np.concatenate([train.depths, test.depths])
-        return make_folds(ids, depths, settings.n)[: len(train)]
+        whole = {"groups": mosaic_groups(mosaics, len(ids)), "coverage": np.concatenate([train.masks.mean(axis=(1, 2)), np.full(len(test), np.nan)])}
+        folds = make_folds(ids, depths, settings.n, **(whole if settings.by == "mosaic" else {}))[: len(train)]
+        if empty := sorted(set(range(settings.n)) - set(folds.tolist())):
+            raise SaltError(f"Fold {empty[0]} by {settings.by} has no train tile: there are too few tiles or mosaics for {settings.n} folds, set folds.n lower.")
+        return folds
     folds = read_folds(settings.file, train.ids)
     if folds.max(initial=0) >= settings.n:
         raise SaltError(f"{settings.file} has fold {folds.max()}, but the recipe has folds 0 to {settings.n - 1}: set folds.n to {folds.max() + 1}.")
@@ -631,6 +660,48 @@ def score_table(
     table = records[records["mAP"].notna()].round(4)
     contaminated = table["contaminated"].notna() if "contaminated" in table else False
     return table[["step", "mAP", "mAP_low", "mAP_high", "seconds"]].assign(remark=np.where(contaminated, "contaminated", ""))
+
+
+def mean_row(
+    values: pd.Series,  # one a tile
+) -> dict:  # tiles, mAP, low, high
+    "A mean and its 95 % interval."
+    low, high = bootstrap_interval(values.to_numpy())
+    return {"tiles": len(values), "mAP": round(values.mean(), 4), "low": round(low, 4), "high": round(high, 4)}
+
+
+def scores_by_place(
+    step: OpenStep,  # 'report'
+    scores: pd.DataFrame,  # id and precision, out of fold
+) -> pd.DataFrame:  # a row for each of saltlib.mosaic.CLOSE: tiles, mAP with its 95 % interval
+    "Scores of the validation tiles by where the closest tile lies that the networks learned from."
+    folder, text = step.folder_of("prepare"), {"id": str}
+    folds, mosaics = pd.read_csv(folder / "folds.csv", dtype=text), pd.read_csv(folder / "mosaics.csv", dtype=text)
+    close = pd.Series(closest_known(mosaics, folds["id"].to_numpy(str), folds["fold"].to_numpy()), index=folds["id"])
+    place = scores["id"].map(close)
+    return pd.DataFrame.from_dict({where: mean_row(scores["precision"][place == where]) for where in CLOSE if (place == where).any()}, orient="index")
+
+
+def compare_folds(
+    step: OpenStep,  # 'report'
+) -> pd.DataFrame:  # a row for each way to make folds: tiles, mAP with its 95 % interval; and their difference, tile by tile
+    "The out-of-fold score of this run, beside that of a finished run in the same outputs folder that differs in nothing but name and `folds.by`."
+    def plain(recipe: Recipe):
+        return recipe.model_copy(update={"name": "", "folds": recipe.folds.model_copy(update={"by": "depth"})})
+
+    scores = {}
+    for file in (recipe_folder(step.recipe, step.outputs) / "recipe.yaml", *sorted(step.outputs.glob("*/recipe.yaml"))):
+        try:
+            recipe = read_recipe(file)
+        except SaltError:  # of another version
+            continue
+        folder = step_folder(recipe, Step("ensemble", list(recipe.rounds)[-1]), step.outputs)
+        if plain(recipe) == plain(step.recipe) and read_record(folder):
+            scores.setdefault(recipe.folds.by, pd.read_csv(folder / "out_of_fold.csv", dtype={"id": str}).set_index("id")["precision"])
+    table = {f"folds by {by}": mean_row(scores[by]) for by in sorted(scores)}
+    if len(scores) == 2 and len(difference := (scores["depth"] - scores["mosaic"]).dropna()):
+        table["depth - mosaic, tile by tile"] = mean_row(difference)
+    return pd.DataFrame.from_dict(table, orient="index")
 
 
 def run_histories(
