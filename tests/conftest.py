@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-# Each of these takes a minute or more. The first one makes the run that others in its file look at.
-LONG = ("test_every_step_leaves", "test_killed", "test_failed_step", "test_nbdev_test")
+# Each of these takes a minute or more. The second one makes the run that others in its file look at.
+LONG = ("test_three_rounds", "test_every_step_leaves", "test_killed", "test_failed_step", "test_nbdev_test")
 
 
 def pytest_collection_modifyitems(items):

@@ -241,7 +241,7 @@ def workers(project):
 SINGLE = """
 name: single
 data: data/demo
-folds: {use: [0]}
+folds: {n: 2, use: [0]}
 rounds:
   round1:
     phases:
