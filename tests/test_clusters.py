@@ -6,9 +6,21 @@ import subprocess
 import time
 
 import pytest
-from test_runs import SALT, SINGLE, make_project, salt
+from test_runs import SALT, make_project, salt
 
 from saltlib.recipes import read_recipe, write_recipe
+
+
+SINGLE = """
+name: single
+data: data/demo
+folds: {n: 2, use: [0]}
+rounds:
+  round1:
+    phases:
+      compact: {model: compact, start: imagenet, epochs: 3, batch_size: 16, lr: 1.0e-3, loss: lovasz_elu}
+    ensemble: {compact: 1}
+"""
 
 
 @pytest.fixture
