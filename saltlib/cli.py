@@ -10,12 +10,12 @@ __all__ = ['PUBLISHED_V5', 'PUBLISHED_BES', 'DEMO_SECTIONS', 'DEMO_SEED', 'check
            'predict_folder', 'predict_settings', 'run_demo', 'make_parser', 'main']
 
 # %% ../nbs/16_cli.ipynb #95b424de
-import argparse, contextlib, fcntl, io, os, re, shutil, socket, subprocess, sys, tempfile, time
+import argparse, contextlib, fcntl, io, json, os, re, shutil, socket, subprocess, sys, tempfile, time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import SaltError, checksum, project_root, read_json, read_record
+from .core import SaltError, checksum, project_root, read_json, read_record, write_atomic
 from .data import refuse_bad_data
 from .ensemble import DEALT
 from .recipes import Recipe, Step, full_name, read_recipe, recipe_folder, recipe_steps, step_folder, step_inputs, write_recipe
@@ -531,6 +531,10 @@ def make_parser() -> argparse.ArgumentParser:
     predict.add_argument("--out", metavar="FILE", help="the table id,rle_mask to write")
     predict.add_argument("--settings", metavar="FILE", help='JSON file with the same: {"images": "...", "models": "...", "out": "..."}')
     predict.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    bench = command("bench", "Measure how fast this machine does each part, beside a plain reference, and with how much memory (some minutes).", epilog="example: salt bench --json bench.json")
+    bench.add_argument("--quick", action="store_true", help="a few tiles of each: shows that it works, not how fast")
+    bench.add_argument("--scale", action="store_true", help="instead, how time and memory grow with 1, 4 and 16 times the tiles")
+    bench.add_argument("--json", metavar="FILE", help="write the figures there, too")
     step = command("step", "Carry out a single step of a recipe (what the graph calls).", epilog="example: salt step train --recipe-file outputs/demo/recipe.yaml --round round1 --phase compact --fold 0")
     step.add_argument("kind", choices=["prepare", "train", "predict", "ensemble", "report"])
     step.add_argument("--recipe-file", required=True, metavar="FILE", help="the recipe as it stands beside its results")
@@ -566,6 +570,14 @@ def main(
             print(f"{args.out}: {len(grids)} mosaics of {sum(int((grid >= 0).sum()) for grid in grids)} tiles")
         elif args.command == "predict":
             predict_folder(**predict_settings(args), device=args.device)
+        elif args.command == "bench":
+            from rich.console import Console
+            from saltlib.bench import bench_table, run_bench
+
+            bench = run_bench(args.quick, args.scale)
+            Console().print(bench_table(bench))
+            if args.json:
+                write_atomic(args.json, json.dumps(bench, indent=1))
         elif args.command == "step":
             run_step(args.kind, args.recipe_file, args.round, args.phase, args.fold, args.threads)
     except SaltError as error:
