@@ -58,6 +58,7 @@ def execute_notebook(
 ) -> None:
     "Run a notebook with these parameters from the project's top folder; `SaltError` names the error and the executed copy if it fails."
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.iorw import LocalHandler, papermill_io
     from traitlets.config import Config
 
@@ -74,6 +75,8 @@ def execute_notebook(
             papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", start_timeout=600, progress_bar=False, stdout_file=LabelledLines(label), config=config)
         except papermill.PapermillExecutionError as error:
             raise SaltError(f"{label} failed: {error.ename}: {error.evalue} (the executed notebook is {output})") from None
+        except DeadKernelError:
+            raise SaltError(f"{label} failed: its process was killed, as systems do when memory runs out (the executed notebook is {output}). The same command goes on from the last finished epoch.") from None
 
 # %% ../nbs/16_cli.ipynb #a9b144f7
 def hold(
