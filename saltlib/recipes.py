@@ -710,10 +710,11 @@ def compare_folds(
     for file in (recipe_folder(step.recipe, step.outputs) / "recipe.yaml", *sorted(step.outputs.glob("*/recipe.yaml"))):
         try:
             recipe = read_recipe(file)
-        except SaltError:  # of another version
+            folder = step_folder(recipe, Step("ensemble", list(recipe.rounds)[-1]), step.outputs)
+            comparable = plain(recipe) == plain(step.recipe) and read_record(folder)
+        except SaltError:  # of another version, or damaged, which is no matter of this run
             continue
-        folder = step_folder(recipe, Step("ensemble", list(recipe.rounds)[-1]), step.outputs)
-        if plain(recipe) == plain(step.recipe) and read_record(folder):
+        if comparable:
             scores.setdefault(recipe.folds.by, pd.read_csv(folder / "out_of_fold.csv", dtype={"id": str}).set_index("id")["precision"])
     table = {f"folds by {by}": mean_row(scores[by]) for by in sorted(scores)}
     if len(scores) == 2 and len(difference := (scores["depth"] - scores["mosaic"]).dropna()):

@@ -155,7 +155,7 @@ def test_any_bit_of_a_store_may_be_wrong(store):
 def test_no_module_reads_pickles():
     "ruff finds pickle, marshal, eval, exec and yaml.load (pyproject.toml); it does not know these."
     for path in [*(ROOT / "saltlib").glob("*.py"), *(ROOT / "nbs/runs").iterdir()]:
-        for call in re.findall(r"torch\.load\(.*|read_pickle.*|allow_pickle=True.*|load_learner.*|joblib.*", path.read_text() if path.is_file() else ""):
+        for call in re.findall(r"(?<!safetensors\.)torch\.load\(.*|read_pickle.*|allow_pickle=True.*|load_learner.*|joblib.*", path.read_text() if path.is_file() else ""):
             assert "weights_only=True" in call, f"{path.name}: {call}"
 
 
