@@ -187,7 +187,7 @@ def outdated_steps(
         folder, inputs = step_folder(recipe, step, outputs), step_inputs(recipe, step)
         record = read_record(folder)
         if changed := changed_files(folder, record) if record else []:
-            print(f"{step}: {', '.join(map(str, changed))} missing or no longer what it wrote, so it is done again.", flush=True)
+            print(f"{changed[0]} is missing or no longer what the step '{step}' wrote, which is done again.", flush=True)
         if (
             record is None
             or changed

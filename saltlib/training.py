@@ -264,8 +264,9 @@ def read_checkpoint(
     if not path.exists():
         return None
     try:
-        if damaged := zipfile.ZipFile(path).testzip():  # torch.load itself does not look at the checksums
-            raise ValueError(damaged)
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # torch.load itself does not look at the checksums
+                raise ValueError(damaged)
         state = torch.load(path, map_location=device, weights_only=True)
         then = state["settings"]
     except Exception as error:  # whatever a damaged file makes torch raise

@@ -334,7 +334,7 @@ def main() -> int:
     parser.add_argument("--only", choices=TARGETS)
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
-    context, total, faults = multiprocessing.get_context("spawn"), 0, 0
+    context, total, faults = multiprocessing.get_context("fork"), 0, 0
     queue = context.Queue()
     for name in [args.only] if args.only else TARGETS:
         n, began = round(args.inputs * (1 if args.only else TARGETS[name].share)), time.time()

@@ -63,7 +63,7 @@ def test_a_damaged_result_is_named_and_made_again_with_all_that_follows(run, nam
     steps = recipe_steps(recipe)
     damage(step_folder(recipe, steps[1], outputs) / name)
     assert outdated_steps(recipe, outputs) == steps[1:]
-    assert re.match(rf"train round1 compact fold 0: \S*/{name.split('/')[0]} missing or no longer what it wrote, so it is done again.\n$", capsys.readouterr().out)
+    assert re.match(rf"\S*/{name.split('/')[0]} is missing or no longer what the step 'train round1 compact fold 0' wrote, which is done again.\n$", capsys.readouterr().out)
 
 
 def test_any_bit_of_a_record_may_be_wrong(run):
@@ -179,7 +179,7 @@ BOMB = "a: &a [" + "x, " * 9 + "x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'
 
 
 @pytest.mark.parametrize("text", [
-    "!!python/object/apply:os.system ['touch harm']", "name: !!python/name:os.system", BOMB, "a: &a [*a]", "[" * 100_000, "a: " + "9" * 5000, "a: 2018-13-45", "a: !!timestamp x", "a: !!bool x",
+    "!!python/object/apply:os.system ['touch harm']", "name: !!python/name:os.system", BOMB, "a: &a [*a]", "[" * 5000, "a: " + "9" * 5000, "a: 2018-13-45", "a: !!timestamp x", "a: !!bool x",
     "a: \0", "\xff",
 ])
 def test_recipes_that_are_none(tmp_path, monkeypatch, text):
