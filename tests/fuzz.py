@@ -153,7 +153,7 @@ def zipped(method):
     with zipfile.ZipFile(buffer, "w", method) as archive:
         for k in range(2):
             archive.writestr(f"images/t{k}.png", png(tile(k)))
-        archive.writestr("images/bomb.png", bytes(3_000_000))
+        archive.writestr("images/bomb.png", bytes(2 * LARGEST_FILE))
     return buffer.getvalue()
 
 
