@@ -113,7 +113,7 @@ def read_tensors(
                     raise ValueError(f"{damaged} is damaged")
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has many ways to say that a file is none of its own
-        raise SaltError(f"{path} is not a torch file of plain tensors: take the released .pth file. ({str(error).splitlines()[0]})") from error
+        raise SaltError(f"{path} is not a torch file of plain tensors: take the released .pth file. ({(str(error).splitlines() or [type(error).__name__])[0]})") from error
     if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu" for value in found.values()):
         raise SaltError(f"{path} holds something else than a state dict: take the released .pth file.")
     return found
