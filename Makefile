@@ -5,7 +5,7 @@ UV := .uv/bin/uv
 # As pip does, uv trusts what the system trusts, a company's own mirror included.
 export UV_SYSTEM_CERTS ?= true
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full fuzz kills load wheel audit lab gpu-pack lock upgrade
+.PHONY: help setup demo test test-full test-slurm fuzz kills load wheel audit lab gpu-pack lock upgrade
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -21,6 +21,9 @@ test: setup ## all tests
 
 test-full: setup ## all three rounds of first_place, shortened, on two folds of synthetic data
 	@.venv/bin/python -m pytest -m full
+
+test-slurm: setup ## first_place, shortened, on a Slurm cluster of this machine alone (as root on Debian)
+	@tests/one_node_slurm.sh .venv/bin/python -m pytest -m slurm tests/test_slurm.py
 
 fuzz: setup ## over a million damaged inputs to everything that reads a file
 	@.venv/bin/python tests/fuzz.py

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_V5', 'PUBLISHED_BES', 'DEMO_SECTIONS', 'DEMO_SEED', 'check_parameters', 'LabelledLines', 'execute_notebook',
-           'hold', 'visible_gpus', 'hold_gpu', 'run_step', 'find_recipe', 'load_recipe', 'outdated_steps',
+           'hold', 'holder', 'visible_gpus', 'hold_gpu', 'run_step', 'find_recipe', 'load_recipe', 'outdated_steps',
            'count_tiles', 'training_passes', 'measured_rates', 'expected_cost', 'find_profile', 'run_recipe',
            'notebook_error', 'status_rows', 'show_status', 'Member', 'published_members', 'run_members', 'find_members',
            'predict_folder', 'predict_settings', 'run_demo', 'make_parser', 'main']
@@ -99,6 +99,19 @@ def hold(
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     return file
+
+
+def holder(
+    path: Path,  # a file of `hold`
+) -> str | None:  # as its file names it; None: nobody
+    "Who holds a lock now."
+    if not path.exists():
+        return None
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read() or "just started"
 
 # %% ../nbs/16_cli.ipynb #65632367
 def visible_gpus() -> list[str]:  # names, as CUDA_VISIBLE_DEVICES has them
@@ -320,10 +333,12 @@ def notebook_error(
 
     if not path.exists():
         return None
+    if not path.stat().st_size:  # Snakemake makes the log that a failed step left out
+        return "It ended before its notebook began; what it printed says why."
     try:
         cells = nbformat.read(path, 4).cells
-    except Exception as error:  # cut off while it was written
-        return f"the notebook can't be read ({type(error).__name__})"
+    except Exception:
+        return "It was cut off while it wrote its notebook."
     for output in (o for c in cells for o in c.get("outputs", []) if o.output_type == "error"):
         return re.sub(r"\x1b\[[0-9;]*m", "", f"{output.ename}: {output.evalue}").strip().splitlines()[-1]
     return None
@@ -332,7 +347,7 @@ def notebook_error(
 def status_rows(
     recipe: Recipe,
     outputs: Path,
-) -> list[tuple[str, str, str]]:  # step; 'done', 'failed' or 'missing'; figures, or the error and the notebook
+) -> list[tuple[str, str, str]]:  # step; 'done', 'running', 'failed' or 'missing'; figures, who is at work, or the error and the notebook
     "Where each step of the recipe stands."
     rows = []
     for step in recipe_steps(recipe):
@@ -341,6 +356,8 @@ def status_rows(
         if record := read_record(folder):
             figures = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record["metrics"].items())
             rows.append((str(step), "done", f"{figures} ({record['seconds']:.0f} s)"))
+        elif worker := holder(folder / ".lock"):
+            rows.append((str(step), "running", worker))
         elif error := notebook_error(notebook):
             rows.append((str(step), "failed", f"{error} [{notebook}]"))
         else:
@@ -360,7 +377,7 @@ def show_status(
     if (begun := recipe_folder(recipe, "outputs") / "recipe.yaml").exists():
         recipe = read_recipe(begun)
     rows = status_rows(recipe, Path("outputs"))
-    colours = {"done": "green", "failed": "red", "missing": "yellow"}
+    colours = {"done": "green", "running": "blue", "failed": "red", "missing": "yellow"}
     table = Table("step", "status", "result or error", title=f"{recipe.name}: {sum(r[1] == 'done' for r in rows)} of {len(rows)} steps done")
     for step, state, text in rows:
         table.add_row(step, f"[{colours[state]}]{state}[/]", text.replace("[", "\\["))
@@ -512,8 +529,8 @@ def make_parser() -> argparse.ArgumentParser:
     run = command("run", "Run the missing steps of a recipe.", epilog="example: salt run compact --set folds.use=[0]")
     run.add_argument("--dry-run", action="store_true", help="say which steps would run, how long and with how much disk")
     run.add_argument("--cores", type=int, metavar="N", help="CPU cores to use (default: all)")
-    run.add_argument("--profile", metavar="NAME", help="hand the steps to a cluster: slurm, or a folder with a Snakemake profile")
-    status = command("status", "Show which steps of a recipe are done, failed or missing; the exit status is 1 unless all are done.", epilog="example: salt status compact")
+    run.add_argument("--profile", metavar="NAME", help="hand the steps to a cluster: slurm, kubernetes, or a folder with a Snakemake profile")
+    status = command("status", "Show which steps of a recipe are done, running, failed or missing; the exit status is 1 unless all are done.", epilog="example: salt status compact")
     for sub in (run, status):
         sub.add_argument("recipe", metavar="RECIPE", help="name of a recipe in nbs/runs/recipes or of a run in outputs, or a YAML file")
     run.add_argument("--data", metavar="DIR", help="data folder instead of the recipe's")

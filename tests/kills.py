@@ -18,7 +18,8 @@ from collections import Counter
 from pathlib import Path
 
 import nbformat
-from test_runs import SALT, SINGLE, make_project, workers
+from test_clusters import SINGLE
+from test_runs import SALT, make_project, workers
 
 from saltlib.core import read_record
 from saltlib.recipes import read_recipe, recipe_steps, step_folder

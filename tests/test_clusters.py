@@ -1,27 +1,40 @@
-"""What the profile for Slurm asks of a cluster, taken down by a stand-in for its commands."""
+"""What the profiles ask of a cluster, taken down by stand-ins for its commands."""
 
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
-from test_runs import SALT, SINGLE, make_project, salt
+import yaml
+from test_runs import SALT, make_project, salt
 
 from saltlib.recipes import read_recipe, write_recipe
+
+SINGLE = """
+name: single
+data: data/demo
+folds: {n: 2, use: [0]}
+rounds:
+  round1:
+    phases:
+      compact: {model: compact, start: imagenet, epochs: 3, batch_size: 16, lr: 1.0e-3, loss: lovasz_elu}
+    ensemble: {compact: 1}
+"""
 
 
 @pytest.fixture
 def project(tmp_path):
-    "A project whose next step is a training."
     project = make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=5)
     (project / "single.yaml").write_text(SINGLE)
-    write_recipe(read_recipe(project / "single.yaml"), project / "outputs")
-    salt(project, "step", "prepare", "--recipe-file", "outputs/single/recipe.yaml")
     return project
 
 
-def test_slurm(project, tmp_path):
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_slurm(project, tmp_path, device):
+    write_recipe(read_recipe(project / "single.yaml", [f"device={device}"]), project / "outputs")
+    salt(project, "step", "prepare", "--recipe-file", "outputs/single/recipe.yaml")  # so that a training is next
     calls, log = tmp_path / "calls.txt", tmp_path / "run.log"
     (tmp_path / "bin").mkdir()
     answers = {"sbatch": f'echo "$@" >> {calls}; exit 1', "sinfo": "echo 'all*'"}
@@ -29,7 +42,7 @@ def test_slurm(project, tmp_path):
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{answers.get(name, 'exit 0')}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    run = subprocess.Popen([*SALT, "run", "single.yaml", "--profile", "slurm"], cwd=project, env=env, start_new_session=True, stdout=log.open("w"), stderr=subprocess.STDOUT)
+    run = subprocess.Popen([*SALT, "run", "single.yaml", "--profile", "slurm", "--set", f"device={device}"], cwd=project, env=env, start_new_session=True, stdout=log.open("w"), stderr=subprocess.STDOUT)
     deadline = time.time() + 300
     while not calls.exists() and run.poll() is None and time.time() < deadline:
         time.sleep(0.2)
@@ -37,10 +50,58 @@ def test_slurm(project, tmp_path):
         os.killpg(run.pid, signal.SIGKILL)
     run.wait()
     assert calls.exists(), log.read_text()
-    for part in ("--gpus=1", "--mem 32000", "-t 2880", "=8 ", "train:round=round1,phase=compact,fold=0"):
+    assert ("--gpus=1" in calls.read_text()) == (device == "auto"), calls.read_text()
+    for part in ("--mem 32000", "-t 2880", "=8 ", "train:round=round1,phase=compact,fold=0"):
         assert part in calls.read_text(), calls.read_text()
+
+
+KUBECTL = """#!{python}
+import subprocess, sys
+from pathlib import Path
+import yaml
+
+jobs = Path("{jobs}")
+if sys.argv[1] == "create":
+    name = f"saltlib-{{len(list(jobs.iterdir()))}}"
+    (jobs / name).write_text(sys.stdin.read())
+    print(name)
+else:
+    job = yaml.safe_load((jobs / sys.argv[3]).read_text())
+    command = job["spec"]["template"]["spec"]["containers"][0]["command"]
+    done = job["metadata"]["annotations"]["step"] == "prepare" and subprocess.run(command, stdout=sys.stderr).returncode == 0
+    print(sys.argv[3], "Complete" if done else "Failed")
+"""
+
+
+def test_kubernetes(project, tmp_path):
+    "The stand-in carries out the first step; the second one fails as often as it is tried."
+    jobs = tmp_path / "jobs"
+    jobs.mkdir()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/kubectl").write_text(KUBECTL.format(python=sys.executable, jobs=jobs))
+    (tmp_path / "bin/kubectl").chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    run = subprocess.run([*SALT, "run", "single.yaml", "--profile", "kubernetes"], cwd=project, env=env, capture_output=True, text=True)
+    assert run.returncode == 1 and "single is not complete" in run.stderr, run.stdout + run.stderr
+    assert (project / "outputs/single/prepare/record.json").exists(), run.stdout + run.stderr
+    specs = [yaml.safe_load(path.read_text()) for path in sorted(jobs.iterdir())]
+    assert [spec["metadata"]["annotations"]["step"] for spec in specs] == ["prepare"] + 3 * ["train round1 compact 0"]
+    asked = []
+    for spec in specs:
+        assert (spec["apiVersion"], spec["kind"], spec["metadata"]["generateName"]) == ("batch/v1", "Job", "saltlib-")
+        assert spec["spec"]["backoffLimit"] == 0  # Snakemake tries again
+        pod = spec["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        assert pod["restartPolicy"] == "Never" and container["image"] == "saltlib"
+        assert container["command"][0] == "sh" and container["command"][1].startswith(str(project / "outputs/single/.snakemake"))
+        mounted = {mount["mountPath"]: (mount["name"], mount.get("subPath")) for mount in container["volumeMounts"]}
+        assert mounted == {"/saltlib/data": ("project", "data"), "/saltlib/outputs": ("project", "outputs"), "/dev/shm": ("shm", None)}
+        assert {"name": "project", "persistentVolumeClaim": {"claimName": "saltlib"}} in pod["volumes"]
+        asked.append((pod["activeDeadlineSeconds"], container["resources"]["limits"]))
+    assert asked[0] == (60 * 60, {"cpu": 1, "memory": "8000M", "nvidia.com/gpu": 0})
+    assert asked[1:] == 3 * [(2880 * 60, {"cpu": 8, "memory": "32000M", "nvidia.com/gpu": 1})]
 
 
 def test_unknown_profile(project):
     refused = salt(project, "run", "single.yaml", "--profile", "nowhere", check=False)
-    assert refused.returncode == 1 and "There is no profile nowhere" in refused.stderr and "one of slurm" in refused.stderr
+    assert refused.returncode == 1 and "There is no profile nowhere" in refused.stderr and "one of kubernetes, slurm" in refused.stderr

@@ -20,7 +20,8 @@ import torch
 import yaml
 import zarr
 from conftest import ROOT
-from test_runs import SALT, SINGLE
+from test_clusters import SINGLE
+from test_runs import SALT
 
 from saltlib.cli import hold, outdated_steps
 from saltlib.core import RunRecord, SaltError, checksum, read_record, write_atomic

@@ -20,11 +20,11 @@ from saltlib.core import read_record
 from saltlib.data import PredictionStore, load_tiles, read_rle_csv, rle_decode
 from saltlib.metrics import precision_at_iou
 from saltlib.postprocess import find_sources, straight_masks, straight_rows
-from saltlib.recipes import read_recipe, recipe_steps, step_folder, write_recipe
+from saltlib.recipes import read_recipe, recipe_steps, step_folder
 from saltlib.synthetic import make_dataset
 
 SALT = [Path(sys.executable).with_name("salt")]
-SHORT = ["--set", "rounds.*.phases.*.epochs=1", "--set", "rounds.*.phases.*.pseudo_labels={confidence: 0.5}"]
+SHORT = ["--set", "rounds.*.phases.*.epochs=1", "--set", "rounds.round2.phases.compact.epochs=2", "--set", "rounds.*.phases.*.pseudo_labels={confidence: 0.5}"]
 
 
 def make_project(folder: Path, n_sections: int = 2, seed: int = 5, **data) -> Path:
@@ -51,7 +51,7 @@ def records(project, recipe="demo"):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    "The demo's recipe, one epoch a phase, run to its end; made once for all workers, so tests copy it before they change it."
+    "The demo's recipe, one epoch and two, run to its end; made once for all workers, so tests copy it before they change it."
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with FileLock(base / "finished.lock"):
@@ -129,7 +129,7 @@ def test_history_has_a_line_an_epoch_and_progress_is_shown(finished):
     project, out = finished
     history = pd.read_csv(project / "outputs/demo/round1/compact/fold0/train/history.csv")
     assert history["epoch"].tolist() == [0] and history["mAP"].between(0, 1).all()
-    assert out.count("| epoch ") == 4  # two rounds, two folds
+    assert out.count("| epoch ") == 2 + 2 * 2  # one epoch and two, on two folds
     assert "train round2 compact fold 1 | epoch   0" in out
 
 
@@ -184,18 +184,6 @@ def test_other_settings_are_refused_and_change_nothing(finished):
     assert records(project) == before
 
 
-def test_deleted_predictions_are_made_again_and_what_depends_on_them(finished, tmp_path):
-    project = tmp_path / "project"
-    shutil.copytree(finished[0], project, symlinks=True, ignore=shutil.ignore_patterns(".snakemake"))
-    before = records(project)
-    shutil.rmtree(project / "outputs/demo/round2/compact/fold1/predict/predictions.zarr")
-    salt(project, "run", "demo", *SHORT)
-    after = records(project)
-    assert {k for k in after if after[k] != before[k]} == {"round2/compact/fold1/predict", "round2/ensemble", "report"}
-    submissions = [pd.read_csv(p / "outputs/demo/submission.csv") for p in (finished[0], project)]
-    assert submissions[0].equals(submissions[1])
-
-
 def test_damaged_result_is_refused_where_it_is_read(finished, tmp_path):
     project = tmp_path / "project"
     shutil.copytree(finished[0], project, symlinks=True, ignore=shutil.ignore_patterns(".snakemake"))
@@ -246,46 +234,29 @@ def workers(project):
     return found
 
 
-SINGLE = """
-name: single
-data: data/demo
-folds: {n: 2, use: [0]}
-rounds:
-  round1:
-    phases:
-      compact: {model: compact, start: imagenet, epochs: 3, batch_size: 16, lr: 1.0e-3, loss: lovasz_elu}
-    ensemble: {compact: 1}
-"""
-
-
-def test_killed_training_goes_on_to_the_same_result(tmp_path):
-    folder = Path("outputs/single/round1/compact/fold0/train")
-    place = ["--recipe-file", "outputs/single/recipe.yaml", "--threads", "1"]
-    whole = make_project(tmp_path / "whole")
-    (whole / "single.yaml").write_text(SINGLE)
-    write_recipe(read_recipe(whole / "single.yaml"), whole / "outputs")
-    salt(whole, "step", "prepare", *place)
-    salt(whole, "step", "train", *place, "--round", "round1", "--phase", "compact", "--fold", "0")
-
-    project = make_project(tmp_path / "killed")
-    (project / "single.yaml").write_text(SINGLE)
-    run = subprocess.Popen([*SALT, "run", "single.yaml", "--cores", "1"], cwd=project, start_new_session=True, stdout=subprocess.PIPE, text=True)
+def test_killed_training_goes_on_to_the_same_result(finished, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(finished[0], project, symlinks=True, ignore=shutil.ignore_patterns(".snakemake"))
+    before = records(project)
+    shutil.rmtree(project / "outputs/demo/round2/compact/fold1/train")
+    run = subprocess.Popen([*SALT, "run", "demo", *SHORT], cwd=project, start_new_session=True, stdout=subprocess.PIPE, text=True)
     for line in run.stdout:
-        if "| epoch   1" in line:
+        if "| epoch   0" in line:
             os.killpg(run.pid, signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
     deadline = time.time() + 30
     while workers(project) and time.time() < deadline:
         time.sleep(0.2)
     assert workers(project) == []  # the notebook's kernel notices that its parent is gone
-    before = records(project, "single")
-    assert list(before) == ["prepare"]
+    assert records(project) == {k: t for k, t in before.items() if k != "round2/compact/fold1/train"}
 
-    again = salt(project, "run", "single.yaml", "--cores", "1").stdout
-    assert "going on after epoch 1" in again and "| epoch   1" not in again and "| epoch   2" in again
-    assert records(project, "single")["prepare"] == before["prepare"]
-    assert (project / "outputs/single/submission.csv").exists()
-    histories = [pd.read_csv(p / folder / "history.csv").drop(columns=["seconds", "tiles_per_second"]) for p in (whole, project)]
+    again = salt(project, "run", "demo", *SHORT).stdout
+    assert "4 of 12 steps to run" in again
+    assert "going on after epoch 0" in again and "| epoch   0" not in again and "| epoch   1" in again
+    after = records(project)
+    assert {k for k in after if after[k] != before[k]} == {"round2/compact/fold1/train", "round2/compact/fold1/predict", "round2/ensemble", "report"}
+    runs = [p / "outputs/demo" for p in (finished[0], project)]
+    histories = [pd.read_csv(run / "round2/compact/fold1/train/history.csv").drop(columns=["seconds", "tiles_per_second"]) for run in runs]
     pd.testing.assert_frame_equal(*histories, check_exact=True)
-    weights = [(p / folder / "weights/last.safetensors").read_bytes() for p in (whole, project)]
-    assert weights[0] == weights[1]
+    for name in ("round2/compact/fold1/train/weights/last.safetensors", "submission.csv"):
+        assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes()

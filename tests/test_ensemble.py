@@ -1,0 +1,35 @@
+"""Ensembles at size."""
+
+import tracemalloc
+
+import numpy as np
+
+from saltlib.data import SIZE, PredictionStore
+from saltlib.ensemble import Ensemble, Group, average_round
+
+
+def peak_memory(folder, tiles: int, members: int) -> int:
+    "Bytes that the averaging of a round needs beside the images, at its peak."
+    ids = np.array([f"tile{k:05}" for k in range(tiles)])
+    row, column = np.mgrid[:SIZE, :SIZE]
+    probs = 1 / (1 + np.exp(np.hypot(row - 50, column - 40) / 4 - 9))
+    images = np.random.default_rng(0).integers(0, 255, (tiles, SIZE, SIZE), dtype=np.uint8)
+    folder.mkdir()
+    for k in range(members):
+        store = PredictionStore.create(folder / f"{k}.zarr", ids)
+        for rows in store.pending():
+            store.write(rows, np.broadcast_to(probs, (rows.stop - rows.start, SIZE, SIZE)))
+    mean = PredictionStore.create(folder / "mean.zarr", ids)
+    tracemalloc.start()
+    stores = [(PredictionStore(folder / f"{k}.zarr"), 1.0) for k in range(members)]
+    tables = average_round(Ensemble([Group({0: stores}, stretch=True)], ids), images, mean, clean=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert mean.complete and len(tables[0]) == len(tables[None]) == tiles
+    return peak
+
+
+def test_memory_grows_neither_with_tiles_nor_with_members(tmp_path):
+    few = peak_memory(tmp_path / "few", 512, 1)
+    assert peak_memory(tmp_path / "tiles", 1280, 1) < 1.1 * few
+    assert peak_memory(tmp_path / "members", 512, 3) < 1.1 * few
