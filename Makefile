@@ -5,7 +5,7 @@ UV := .uv/bin/uv
 # As pip does, uv trusts what the system trusts, a company's own mirror included.
 export UV_SYSTEM_CERTS ?= true
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-slurm lab gpu-pack lock upgrade
+.PHONY: help setup demo test test-full test-slurm fuzz kills load wheel audit lab gpu-pack lock upgrade
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -24,6 +24,25 @@ test-full: setup ## all three rounds of first_place, shortened, on two folds of 
 
 test-slurm: setup ## first_place, shortened, on a Slurm cluster of this machine alone (as root on Debian)
 	@tests/one_node_slurm.sh .venv/bin/python -m pytest -m slurm tests/test_slurm.py
+
+fuzz: setup ## over a million damaged inputs to everything that reads a file
+	@.venv/bin/python tests/fuzz.py
+
+kills: setup ## 50 kills at random moments over 8 small runs, which then go on to the same submissions
+	@.venv/bin/python tests/kills.py
+
+load: setup ## 200,000 tiles through the library: time and memory of each step
+	@.venv/bin/python tests/load.py
+
+wheel: setup ## the package, tried in an empty environment: salt demo outside of this folder
+	@rm -rf dist/wheel && $(UV) build --quiet --wheel --no-build-isolation --python .venv --out-dir dist/wheel .
+	@$(UV) venv --quiet --python $(PYTHON) dist/wheel/env
+	@$(UV) pip install --quiet --python dist/wheel/env --require-hashes --requirement requirements.lock
+	@$(UV) pip install --quiet --python dist/wheel/env --no-deps dist/wheel/*.whl
+	@folder=$$(mktemp -d) && cd "$$folder" && "$(CURDIR)/dist/wheel/env/bin/salt" demo && ls -l "$$folder/outputs/demo/submission.csv" && rm -rf "$$folder"
+
+audit: setup ## known weaknesses of the locked packages (asks the network)
+	@$(UV) tool run pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock
 
 lab: setup ## JupyterLab; its Python kernel is the one with saltlib
 	@.venv/bin/jupyter lab

@@ -1,9 +1,21 @@
 """Hands the metadata in settings.ini to setuptools."""
 
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class BuildWithRuns(build_py):
+    "A wheel brings the run notebooks and recipes along, so that `salt` works outside a checkout."
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree("nbs/runs", Path(self.build_lib, "saltlib/runs"), dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+
 
 config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
@@ -19,6 +31,7 @@ setup(
     url=settings["git_url"],
     keywords=settings["keywords"].split(),
     license={"apache2": "Apache-2.0"}[settings["license"]],
+    cmdclass={"build_py": BuildWithRuns},
     packages=find_packages(include=[settings["lib_path"], f"{settings['lib_path']}.*"]),
     install_requires=settings["requirements"].split(),
     extras_require={"dev": settings["dev_requirements"].split()},

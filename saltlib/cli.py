@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import SaltError, checksum, project_root, read_json, read_record, write_atomic
+from .core import SaltError, changed_files, checksum, project_root, read_json, read_record, runs_folder, write_atomic
 from .data import refuse_bad_data
 from .ensemble import DEALT
 from .recipes import Recipe, Step, full_name, read_recipe, recipe_folder, recipe_steps, step_folder, step_inputs, write_recipe
@@ -58,6 +58,8 @@ def execute_notebook(
 ) -> None:
     "Run a notebook with these parameters from the project's top folder; `SaltError` names the error and the executed copy if it fails."
     import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.iorw import LocalHandler, papermill_io
     from traitlets.config import Config
 
     check_parameters(notebook, parameters)
@@ -66,10 +68,15 @@ def execute_notebook(
         config = Config(KernelManager={"transport": "ipc", "connection_file": f"{sockets}/kernel.json"})
         # Before it shuts a kernel down, Jupyter interrupts it, and the kernel would report that as an error.
         config.NotebookClient.extra_arguments = ["--IPKernelApp.log_level=CRITICAL"]
+        handler = LocalHandler()
+        handler.write = lambda text, path: write_atomic(path, text)  # papermill's own would leave half a notebook after a kill or on a full disk
+        papermill_io.register(str(output), handler)
         try:
             papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", start_timeout=600, progress_bar=False, stdout_file=LabelledLines(label), config=config)
         except papermill.PapermillExecutionError as error:
             raise SaltError(f"{label} failed: {error.ename}: {error.evalue} (the executed notebook is {output})") from None
+        except DeadKernelError:
+            raise SaltError(f"{label} failed: its process was killed, as systems do when memory runs out (the executed notebook is {output}). The same command goes on from the last finished epoch.") from None
 
 # %% ../nbs/16_cli.ipynb #a9b144f7
 def hold(
@@ -153,7 +160,7 @@ def run_step(
             os.environ["CUDA_VISIBLE_DEVICES"], lock = hold_gpu(gpus, Path(tempfile.gettempdir()))
             locks.enter_context(lock)
         if read_record(folder) is None:
-            execute_notebook(f"nbs/runs/{kind}.ipynb", folder / f"{kind}.ipynb", {"recipe_file": recipe_file, **place}, str(step))
+            execute_notebook(os.path.relpath(runs_folder() / f"{kind}.ipynb"), folder / f"{kind}.ipynb", {"recipe_file": recipe_file, **place}, str(step))
         if read_record(folder) is None:
             raise SaltError(f"{folder / kind}.ipynb ended without a record: its last cell must call step.finish.")
         (folder / "checkpoint.pt").unlink(missing_ok=True)  # the training that it would continue is done
@@ -163,7 +170,7 @@ def find_recipe(
     name: str,  # a recipe in nbs/runs/recipes, a run in outputs, or a YAML file
 ) -> Path:
     "The recipe's file; `SaltError` lists the recipes there are."
-    recipes = project_root() / "nbs" / "runs" / "recipes"
+    recipes = runs_folder() / "recipes"
     for path in (recipes / f"{name}.yaml", project_root() / "outputs" / name / "recipe.yaml", Path(name)):
         if path.is_file():
             return path
@@ -187,14 +194,16 @@ def outdated_steps(
     recipe: Recipe,
     outputs: Path,
 ) -> list[Step]:  # in the order in which they have to run
-    "Steps that are not done, whose results are gone, or that read something else than what is there now."
+    "Steps that are not done, whose results are gone or damaged, or that read something else than what is there now."
     outdated = []
     for step in recipe_steps(recipe):
         folder, inputs = step_folder(recipe, step, outputs), step_inputs(recipe, step)
         record = read_record(folder)
+        if changed := changed_files(folder, record) if record else []:
+            print(f"{changed[0]} is missing or no longer what the step '{step}' wrote, which is done again.", flush=True)
         if (
             record is None
-            or not all((folder / name).exists() for name in record["files"])
+            or changed
             or set(inputs) & set(outdated)
             or any(record["inputs"].get(str(f.relative_to(outputs))) != checksum(f / "record.json") for f in (step_folder(recipe, i, outputs) for i in inputs))
         ):
@@ -228,7 +237,11 @@ def measured_rates(
     outputs: Path,
 ) -> dict[str, float]:  # network -> tiles a second
     "How fast each network was trained on a GPU, by the latest record in the outputs folder."
-    records = [r for f in outputs.glob("*/*/*/*/train") if (r := read_record(f)) and r["device"].startswith("cuda")]
+    records = []
+    for folder in outputs.glob("*/*/*/*/train"):
+        with contextlib.suppress(SaltError):  # damage to another run is no matter of this one
+            if (record := read_record(folder)) and record["device"].startswith("cuda"):
+                records.append(record)
     return {r["arguments"]["phase"]["model"]: r["metrics"]["tiles_per_second"] for r in sorted(records, key=lambda r: r["finished"])}
 
 
@@ -257,7 +270,7 @@ def find_profile(
     name: str,  # in nbs/runs/profiles, or a folder of your own
 ) -> Path:  # folder with a Snakemake profile
     "The profile's folder; `SaltError` lists the profiles there are."
-    profiles = project_root() / "nbs" / "runs" / "profiles"
+    profiles = runs_folder() / "profiles"
     for path in (profiles / name, Path(name)):
         if (path / "config.yaml").is_file():
             return path.resolve()
@@ -271,7 +284,7 @@ def run_recipe(
     profile: str | None = None,  # hand the steps to a cluster, as in `find_profile`
 ) -> None:
     "Run the missing steps of a recipe. `SaltError` if the data or the settings are refused or a step fails."
-    os.chdir(root := project_root())
+    os.chdir(project_root())
     outputs = Path("outputs")
     folder = recipe_folder(recipe, outputs)
     if dry_run:
@@ -301,7 +314,7 @@ def run_recipe(
         at_once = max(sum(not phase.start.startswith(f"{name}/") for phase in round_.phases.values()) for name, round_ in recipe.rounds.items()) * len(recipe.folds.use)
         threads = 1 if profile or gpus else max(1, cores // at_once)
         command = [
-            sys.executable, "-m", "snakemake", "--snakefile", str(root / "nbs/runs/Snakefile"), "--directory", str(folder), *where,
+            sys.executable, "-m", "snakemake", "--snakefile", str(runs_folder() / "Snakefile"), "--directory", str(folder), *where,
             "--config", f"gpu={int(recipe.device != 'cpu' and bool(profile or gpus))}", f"threads={threads}",
             "--rerun-incomplete", "--rerun-triggers", "mtime", "--keep-going", "--nolock", "--quiet", "all",
         ]

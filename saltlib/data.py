@@ -593,12 +593,16 @@ class PredictionStore:
 
         self.path = Path(path)
         try:
-            group = zarr.open_group(self.path, mode="r+")
+            group = zarr.open_group(self.path, mode="r+", zarr_format=3)  # the older format may hold pickles
             self.attributes = dict(group.attrs["made_by"])  # what made the predictions
             self.ids = np.array(group.attrs["ids"], dtype=str)  # [N]
             self._probs, self._written = group["probs"], group["written"]
+            n, size = len(self.ids), self._probs.shape[-1]
+            kinds = {(array.dtype.str, array.shape, array.chunks) for array in (self._probs, self._written)}
+            if kinds != {("<f2", (n, size, size), (CHUNK, size, size)), ("|b1", (-(-n // CHUNK),), (-(-n // CHUNK),))}:
+                raise ValueError("its arrays have other shapes than its ids")
             self._flags = self._written[:]
-        except (OSError, KeyError, ValueError, TypeError) as error:
+        except Exception as error:  # zarr has many ways to say what is wrong with its files
             raise SaltError(f"{path} is no store of predictions, or damaged ({error}): delete it and predict again.") from None
 
     @classmethod
@@ -620,13 +624,26 @@ class PredictionStore:
             part = path.with_name(f".{path.name}.part")
             shutil.rmtree(part, ignore_errors=True)
             group = zarr.create_group(part, attributes={"ids": ids.tolist(), "made_by": attributes})
-            group.create_array("probs", shape=(len(ids), size, size), chunks=(CHUNK, size, size), dtype="float16")
-            group.create_array("written", shape=(-(-len(ids) // CHUNK),), dtype="bool")
+            group.create_array("probs", shape=(len(ids), size, size), chunks=(CHUNK, size, size), dtype="float16", compressors=zarr.codecs.ZstdCodec(checksum=True))
+            chunks = -(-len(ids) // CHUNK)
+            group.create_array("written", shape=(chunks,), chunks=(chunks,), dtype="bool")
             os.rename(part, path)
         store = cls(path)
         if store.ids.tolist() != ids.tolist() or store._probs.shape[1] != size or store.attributes != attributes:
             raise SaltError(f"{path} holds predictions for other tiles or by another model ({store.attributes}): delete it, or choose another place.")
+        for k in np.flatnonzero(store._flags).tolist():  # what was written before an interruption and was lost or damaged since is predicted again
+            try:
+                store._flags[k] = (path / "probs" / store._probs.metadata.encode_chunk_key((k, 0, 0))).exists() and store._chunk(k) is not None
+            except SaltError:
+                store._flags[k] = False
         return store
+
+    def _chunk(self, k: int) -> np.ndarray:  # float16 [n,size,size]
+        "The predictions of a chunk. `SaltError` if they are damaged."
+        try:
+            return self._probs[k * CHUNK : (k + 1) * CHUNK]
+        except (OSError, ValueError, RuntimeError) as error:
+            raise SaltError(f"{self.path} is damaged in the predictions of rows {k * CHUNK} to {(k + 1) * CHUNK} ({error}): delete it and predict again.") from None
 
     @property
     def complete(self) -> bool:
@@ -669,5 +686,5 @@ class PredictionStore:
         probs = np.empty((len(rows), *self._probs.shape[1:]), np.float32)
         for chunk in np.unique(rows // CHUNK).tolist():
             here = np.flatnonzero(rows // CHUNK == chunk)
-            probs[here] = self._probs[chunk * CHUNK : (chunk + 1) * CHUNK][rows[here] - chunk * CHUNK]
+            probs[here] = self._chunk(chunk)[rows[here] - chunk * CHUNK]
         return probs

@@ -122,7 +122,7 @@ def read_pseudo_labels(
     columns = {"id": str, "unique_pixels": int, "mask_pixels": int, "confidence": float, "rle_mask": str}
     try:
         return pd.read_csv(path, dtype=columns, keep_default_na=False)[list(columns)]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, OverflowError) as error:
         raise SaltError(f"{path} is not a table of pseudo-labels ({error}): repeat the ensemble step of the round before.") from None
 
 

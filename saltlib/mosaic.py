@@ -438,13 +438,13 @@ def write_mosaics(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SaltError(f"{out} is there already and not empty: delete it or name another folder for the mosaics.")
+    out.mkdir(parents=True, exist_ok=True)  # before the work: a read-only place is refused at once
     refuse_bad_data(root)
     train, test = load_tiles(root, "train"), load_tiles(root, "test")
     ids, images = np.concatenate([train.ids, test.ids]), np.concatenate([train.images, test.images])
     masks = np.concatenate([train.masks, np.zeros(test.images.shape, bool)])
     neighbors = find_neighbors(images)
     grids = assemble(neighbors, len(ids))
-    out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "pairs.csv", neighbors.assign(first=ids[neighbors["first"]], second=ids[neighbors["second"]]).round({"distance": 4}).to_csv(index=False))
     for number, grid in enumerate(grids):
         write_atomic(out / f"mosaic_{number:04}.csv", pd.DataFrame(np.where(grid < 0, "", ids[grid])).to_csv(index=False, header=False))

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Name', 'PhaseName', 'Snapshots', 'Strict', 'AdamW', 'RMSprop', 'SGD', 'OneCycle', 'Plateau', 'Cosine', 'PseudoLabels',
-           'Phase', 'Members', 'Round', 'Folds', 'Recipe', 'full_name', 'set_value', 'parse_recipe', 'read_recipe',
-           'recipe_folder', 'write_recipe', 'Step', 'fold_of', 'members', 'recipe_steps', 'previous_round',
-           'step_inputs', 'is_contaminated', 'step_folder', 'rules_in_use', 'step_arguments', 'OpenStep', 'open_step',
-           'step_mosaics', 'step_folds', 'split_fold', 'pseudo_label_file', 'choose_for_phase', 'join_tiles',
-           'training_tiles', 'fit_settings', 'tiles_to_predict', 'round_ensemble', 'count_choices', 'run_records',
-           'score_table', 'mean_row', 'scores_by_place', 'compare_folds', 'run_histories']
+           'Phase', 'Members', 'Round', 'Folds', 'Recipe', 'full_name', 'set_value', 'count_values', 'parse_recipe',
+           'read_recipe', 'recipe_folder', 'write_recipe', 'Step', 'fold_of', 'members', 'recipe_steps',
+           'previous_round', 'step_inputs', 'is_contaminated', 'step_folder', 'rules_in_use', 'step_arguments',
+           'OpenStep', 'open_step', 'step_mosaics', 'step_folds', 'split_fold', 'pseudo_label_file', 'choose_for_phase',
+           'join_tiles', 'training_tiles', 'fit_settings', 'tiles_to_predict', 'round_ensemble', 'count_choices',
+           'run_records', 'score_table', 'mean_row', 'scores_by_place', 'compare_folds', 'run_histories']
 
 # %% ../nbs/14_recipes.ipynb #b36c8219
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ from .mosaic import CLOSE, assemble, closest_known, find_neighbors, mosaic_group
 
 # %% ../nbs/14_recipes.ipynb #70cdf087
 class Strict(BaseModel):
-    "Base of all parts of a recipe: typed, unchangeable, unknown keys refused."
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    "Base of all parts of a recipe: typed, unchangeable, unknown keys and infinite numbers refused."
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]  # becomes a folder's name
@@ -236,6 +236,20 @@ def set_value(
     return count
 
 
+def count_values(
+    node,  # as read from YAML: what an alias names is there once
+) -> int:  # values there would be without aliases
+    "The size of a piece of YAML. `RecursionError` if it contains itself."
+    sizes = {}
+
+    def size(node):
+        if isinstance(node, (dict, list)) and id(node) not in sizes:
+            sizes[id(node)] = 1 + sum(map(size, node.values() if isinstance(node, dict) else node))
+        return sizes.get(id(node), 1)
+
+    return size(node)
+
+
 def parse_recipe(
     plain: dict,  # as read from YAML
     where: str,  # file name for error messages
@@ -256,15 +270,18 @@ def read_recipe(
     path = Path(path)
     try:
         plain = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        largest = count_values(plain)
+    except Exception as error:  # besides its own errors, PyYAML has those of int, datetime and the interpreter's stack
         raise SaltError(f"{path} could not be read as YAML: {error}") from None
+    if largest > 100_000:
+        raise SaltError(f"{path} is not a recipe: written out, its aliases make {largest} values.")
     if not isinstance(plain, dict):
         raise SaltError(f"{path} is not a recipe: it must hold keys such as name, data and rounds.")
     for change in changes:
         key, equals, value = change.partition("=")
         try:
             done = set_value(plain, key.split("."), yaml.safe_load(value)) if equals and key else 0
-        except yaml.YAMLError:
+        except Exception:  # as above
             done = 0
         if not done:
             raise SaltError(f"--set {change} changes nothing in {path.name}: write key=value with a key of the recipe, such as rounds.round1.phases.compact.epochs=1.")
@@ -693,10 +710,11 @@ def compare_folds(
     for file in (recipe_folder(step.recipe, step.outputs) / "recipe.yaml", *sorted(step.outputs.glob("*/recipe.yaml"))):
         try:
             recipe = read_recipe(file)
-        except SaltError:  # of another version
+            folder = step_folder(recipe, Step("ensemble", list(recipe.rounds)[-1]), step.outputs)
+            comparable = plain(recipe) == plain(step.recipe) and read_record(folder)
+        except SaltError:  # of another version, or damaged, which is no matter of this run
             continue
-        folder = step_folder(recipe, Step("ensemble", list(recipe.rounds)[-1]), step.outputs)
-        if plain(recipe) == plain(step.recipe) and read_record(folder):
+        if comparable:
             scores.setdefault(recipe.folds.by, pd.read_csv(folder / "out_of_fold.csv", dtype={"id": str}).set_index("id")["precision"])
     table = {f"folds by {by}": mean_row(scores[by]) for by in sorted(scores)}
     if len(scores) == 2 and len(difference := (scores["depth"] - scores["mosaic"]).dropna()):

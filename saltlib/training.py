@@ -8,7 +8,7 @@ __all__ = ['ToNetworkInput', 'Bfloat16', 'precision_callbacks', 'EpochSeeds', 'f
            'fit_phase']
 
 # %% ../nbs/09_training.ipynb #101a3bd3
-import hashlib, io, math, os, time, warnings
+import hashlib, io, math, os, time, warnings, zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -264,6 +264,9 @@ def read_checkpoint(
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # torch.load itself does not look at the checksums
+                raise ValueError(damaged)
         state = torch.load(path, map_location=device, weights_only=True)
         then = state["settings"]
     except Exception as error:  # whatever a damaged file makes torch raise

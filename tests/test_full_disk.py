@@ -1,4 +1,4 @@
-"""What happens when the disk is full: on a real small file system, which only this test sees."""
+"""What happens when the disk is full or read-only: on a real small file system, which only this test sees."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ SETUP = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"'
 
 
 def on_small_disk(folder, size: str, script: str) -> str:
-    "Output of a script that finds a file system of this size at `folder`; `grow` in it makes the file system larger."
+    "Output of a script that finds a file system of this size at `folder`; `grow` in it makes the file system larger, `lock` read-only."
     may = subprocess.run(["unshare", "--map-root-user", "--mount", "true"], capture_output=True)
     if may.returncode:
         pytest.skip(f"needs mounts of its own: {may.stderr.decode().strip()}")
@@ -24,6 +24,7 @@ def on_small_disk(folder, size: str, script: str) -> str:
         from saltlib.core import SaltError
         folder = Path({str(folder)!r})
         def grow(): subprocess.run(["mount", "-o", "remount,size=256m", folder], check=True)
+        def lock(): subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
     """
     command = ["unshare", "--map-root-user", "--mount", "sh", "-c", SETUP, "sh", size, folder, sys.executable, "-c", textwrap.dedent(preamble) + textwrap.dedent(script)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -83,7 +84,54 @@ def test_an_executed_notebook(tmp_path):
         nbformat.write(note, source)
         status, said = step()
         assert status == 1 and said.startswith("salt step: ") and "No space left on device" in said and said.count("\\n") == 1, said
+        nbformat.read(folder / "out.ipynb", 4)  # as it was before: no half
         grow()
         assert step() == (0, "")
         print("whole")
     """) == "whole\n"
+
+
+def test_a_submission(tmp_path):
+    assert on_small_disk(tmp_path / "disk", "1m", """
+        from saltlib.data import read_rle_csv, write_rle_csv
+        ids = np.array([f"t{k:04}" for k in range(2000)])
+        path = write_rle_csv(folder / "submission.csv", ids, ["1 1"] * 2000)
+        before = path.read_bytes()
+        codes = [" ".join(f"{k} 1" for k in range(1, 400, 2))] * 2000
+        with pytest.raises(SaltError, match="submission.csv could not be written .No space left on device.: make room"):
+            write_rle_csv(path, ids, codes)
+        assert path.read_bytes() == before and list(folder.iterdir()) == [path]
+        grow()
+        assert read_rle_csv(write_rle_csv(path, ids, codes), ids).sum() == 2000 * 200
+        print("whole")
+    """) == "whole\n"
+
+
+def test_read_only_data_are_enough(tmp_path):
+    assert on_small_disk(tmp_path / "disk", "16m", """
+        from saltlib.data import check_data, load_tiles
+        from saltlib.synthetic import make_dataset
+        make_dataset(folder / "data", n_sections=1, seed=1, height_tiles=2, width_tiles=4)
+        lock()
+        with pytest.raises(OSError, match="Read-only file system"):
+            (folder / "data/new").touch()
+        assert check_data(folder / "data") == [] and len(load_tiles(folder / "data", "train")) + len(load_tiles(folder / "data", "test")) == 8
+        print("whole")
+    """) == "whole\n"
+
+
+def test_read_only_outputs_are_refused_at_once(tmp_path):
+    assert on_small_disk(tmp_path / "disk", "1m", """
+        import contextlib, io, os, shutil
+        from saltlib import cli
+        shutil.copy("settings.ini", folder)
+        (folder / "nbs").symlink_to(Path("nbs").resolve())
+        (folder / "outputs").mkdir()
+        lock()
+        os.chdir(folder)
+        for command in (["run", "demo"], ["mosaic", "--data", "data", "--out", "outputs/mosaics"]):
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                assert cli.main(command) == 1
+            assert said.getvalue().startswith(f"salt {command[0]}: outputs") and "Read-only file system" in said.getvalue() and said.getvalue().count("\\n") == 1, said.getvalue()
+        print("refused")
+    """) == "refused\n"

@@ -77,6 +77,9 @@ def test_batch_counters_of_later_torch_are_read(path):
     (lambda t: t.update({"logit.0.bias": torch.zeros(64)}), r"1 of another shape: logit.0.bias \(64,\) instead of \(32,\)"),
     (lambda t: t.update({"resnet.bn1.bias": torch.ones(64)}), "under two names with different values"),
     (lambda t: t.update({"epoch": 3}), "something else than a state dict"),
+    (lambda t: t.update({"logit.0.bias": torch.full((32,), torch.nan)}), "1 of its tensors hold infinite numbers or none, among them head.0.bias"),
+    (lambda t: t.update({"logit.0.bias": torch.zeros(32).to_sparse()}), "something else than a state dict"),
+    (lambda t: t.update({"logit.0.bias": torch.zeros(32, device="meta")}), "something else than a state dict"),
 ])
 def test_phalanx_files_that_do_not_fit(change, message, path):
     phalanx_file(path, change=change)
@@ -121,19 +124,31 @@ def test_layers_without_weights_are_passed_over(empty_bes):
     assert load_published(empty_bes, "bes_resnext50").head.weight.eq(0).all()
 
 
-def reshape(file, name, shape):
+def reshape(file, name, shape, **more):
     del file[name]
-    file.create_dataset(name, shape, np.float32, chunks=True)
+    file.create_dataset(name, shape, np.float32, **(more or {"chunks": True}))
+
+
+def link_out(file, link):
+    "A sound array, but in another file."
+    with h5py.File(Path(file.filename).with_name("elsewhere.hdf5"), "w") as other:
+        other.create_dataset("kernel", (7, 7, 3, 64), np.float32)
+    del file["conv0/conv0/kernel:0"]
+    file["conv0/conv0/kernel:0"] = link
 
 
 @pytest.mark.parametrize("change, message", [
     (lambda file: file["stage2_unit1_conv2_31"].attrs.update(weight_names=np.array([], dtype="S")), "1 missing: stage2_unit1_conv2_31/kernel:0"),
-    (lambda file: file["conv0"].attrs.update(weight_names=[b"conv0/kernel:0", file["conv0"].create_dataset("conv0/bias:0", 64, "f4").name.encode()]), "1 unknown: conv0/bias:0"),
+    (lambda file: file["conv0"].attrs.update(weight_names=[b"conv0/kernel:0", file["conv0"].create_dataset("conv0/bias:0", 64, "f4").name.removeprefix("/conv0/").encode()]), "1 unknown: conv0/bias:0"),
     (lambda file: reshape(file, "prediction/prediction/kernel:0", (1, 1, 8, 2)), "1 of another shape: prediction/kernel:0"),
     (lambda file: reshape(file, "conv0/conv0/kernel:0", (10**6, 10**6, 10**6, 64)), "1 of another shape: conv0/kernel:0"),  # would be 10**20 bytes
     (lambda file: file["conv0"].attrs.update(weight_names=[b"conv0/nothing:0"]), "not a whole Keras weights file"),
     (lambda file: file["conv0"].attrs.update(weight_names=[b"conv0"]), "does not hold numbers"),
     (lambda file: file.attrs.pop("layer_names"), "not a whole Keras weights file"),
+    (lambda file: file.update({"conv1": h5py.ExternalLink("/etc/passwd", "/")}) or file.attrs.update(layer_names=[b"conv1"]), "not a whole Keras weights file"),
+    (lambda file: link_out(file, h5py.ExternalLink("elsewhere.hdf5", "kernel")), "not a whole Keras weights file"),
+    (lambda file: reshape(file, "conv0/conv0/kernel:0", (7, 7, 3, 64), external="/etc/passwd"), "does not hold its numbers in this file"),
+    (lambda file: reshape(file, "conv0/conv0/kernel:0", (7, 7, 3, 64), maxshape=(None,) * 4, chunks=(700, 700, 300, 64)), "or in larger pieces than itself"),
 ])
 def test_bes_files_that_do_not_fit(change, message, empty_bes, path):
     shutil.copy(empty_bes, path)

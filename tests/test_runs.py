@@ -36,8 +36,11 @@ def make_project(folder: Path, n_sections: int = 2, seed: int = 5, **data) -> Pa
     return folder
 
 
+SECRET = "not-to-be-kept-6b1f"
+
+
 def salt(project, *args, check=True):
-    done = subprocess.run([*SALT, *args], cwd=project, capture_output=True, text=True)
+    done = subprocess.run([*SALT, *args], cwd=project, env=os.environ | {"KAGGLE_KEY": SECRET}, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -72,6 +75,11 @@ def test_every_step_leaves_a_record_and_an_executed_notebook(finished):
         assert any("image/png" in o.get("data", {}) for o in outputs)
         assert not [o for o in outputs if o.get("name") == "stderr"]
         assert (folder / f"{step.kind}.ipynb").stat().st_size < 1_500_000
+
+
+def test_no_secret_of_the_environment_is_kept(finished):
+    files = [p for p in (finished[0] / "outputs").rglob("*") if p.is_file()]
+    assert len(files) > 50 and not [p for p in files if SECRET.encode() in p.read_bytes()]
 
 
 def corrected(project):

@@ -182,6 +182,18 @@ def test_ruff():
     assert report.returncode == 0, report.stdout
 
 
+def test_a_wheel_brings_the_run_notebooks_and_works_anywhere(tmp_path):
+    built = run(BIN / "uv", "build", "--quiet", "--wheel", "--no-build-isolation", "--python", sys.executable, "--out-dir", tmp_path, ".", cwd=ROOT)
+    assert built.returncode == 0, built.stderr
+    shutil.unpack_archive(next(tmp_path.glob("*.whl")), tmp_path / "site", "zip")
+    ours, theirs = ({str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[0] != "."} for folder in (ROOT / "nbs/runs", tmp_path / "site/saltlib/runs"))
+    assert ours == theirs and len(ours) > 8
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = run(sys.executable, "-c", "import sys; from saltlib.cli import main; sys.exit(main())", "run", "demo", "--dry-run", cwd=elsewhere, PYTHONPATH=str(tmp_path / "site"))
+    assert "12 of 12 steps would run" in done.stdout, done.stderr
+
+
 def test_data_and_results_stay_out_of_git(clone):
     for name in ["data/train.zip", "data/train/images/a.png", "outputs/run/first/record.json", ".venv/bin/python"]:
         (clone / name).parent.mkdir(parents=True, exist_ok=True)

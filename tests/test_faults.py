@@ -1,0 +1,267 @@
+"""Damaged results, strangers' files, and two at once: what is broken is found and named, and nothing that is read is run."""
+
+import html
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+import zarr
+from conftest import ROOT
+from test_clusters import SINGLE
+from test_runs import SALT
+
+from saltlib.cli import hold, outdated_steps
+from saltlib.core import RunRecord, SaltError, checksum, read_record, write_atomic
+from saltlib.data import PredictionStore
+from saltlib.models import load_weights, save_weights
+from saltlib.recipes import parse_recipe, read_recipe, recipe_steps, step_arguments, step_folder, step_inputs, write_recipe
+from saltlib.training import read_checkpoint
+
+
+def flip(path, rng):
+    "Change one bit of a file."
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+# Damaged state
+
+@pytest.fixture
+def run(tmp_path):
+    "A finished run whose results are a few bytes each."
+    path = tmp_path / "single.yaml"
+    path.write_text(SINGLE)
+    recipe, outputs = read_recipe(path), tmp_path / "outputs"
+    write_recipe(recipe, outputs)
+    for step in recipe_steps(recipe):
+        folder = step_folder(recipe, step, outputs)
+        for name in ("one.csv", "two/three.bin"):
+            write_atomic(folder / name, f"{step} {name}")
+        inputs = [step_folder(recipe, i, outputs) for i in step_inputs(recipe, step)]
+        RunRecord(folder, step.kind, step_arguments(recipe, step)).finish({"mAP": 0.5}, ["one.csv", "two"], {str(i.relative_to(outputs)): checksum(i / "record.json") for i in inputs})
+    assert outdated_steps(recipe, outputs) == []
+    return recipe, outputs
+
+
+@pytest.mark.parametrize("name", ["one.csv", "two/three.bin"])
+@pytest.mark.parametrize("damage", [lambda path: flip(path, random.Random(3)), lambda path: path.write_bytes(path.read_bytes()[:-1]), Path.unlink])
+def test_a_damaged_result_is_named_and_made_again_with_all_that_follows(run, name, damage, capsys):
+    recipe, outputs = run
+    steps = recipe_steps(recipe)
+    damage(step_folder(recipe, steps[1], outputs) / name)
+    assert outdated_steps(recipe, outputs) == steps[1:]
+    assert re.match(rf"\S*/{name.split('/')[0]} is missing or no longer what the step 'train round1 compact fold 0' wrote, which is done again.\n$", capsys.readouterr().out)
+
+
+def test_any_bit_of_a_record_may_be_wrong(run):
+    recipe, outputs = run
+    folder = step_folder(recipe, recipe_steps(recipe)[1], outputs)
+    path = folder / "record.json"
+    whole, sound = path.read_bytes(), read_record(folder, verify=True)
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        try:
+            assert read_record(folder, verify=True) == sound  # space between two words
+        except SaltError as error:
+            assert "record.json" in str(error)
+    for damaged in (whole[: len(whole) // 2], b"", b"[" * 100_000, b"{}", b'{"status": "done"}'):
+        path.write_bytes(damaged)
+        with pytest.raises(SaltError, match="record.json is"):
+            outdated_steps(recipe, outputs)
+
+
+def test_any_bit_of_a_checkpoint_may_be_wrong(tmp_path):
+    "torch.load itself takes wrong numbers for right ones."
+    path, rng = tmp_path / "checkpoint.pt", random.Random(5)
+    state = {"settings": {"lr": 0.1}, "history": [{"mAP": 0.5}], "model": {"weight": torch.arange(2000.0)}, "optimizer": {}}
+    torch.save(state, path)
+    whole, refused = path.read_bytes(), 0
+    for _ in range(300):
+        path.write_bytes(whole)
+        flip(path, rng)
+        try:
+            found = read_checkpoint(path, state["settings"], torch.device("cpu"))
+            assert torch.equal(found.pop("model")["weight"], state["model"]["weight"]) and found == {k: v for k, v in state.items() if k != "model"}
+        except SaltError as error:
+            assert "delete it to train this phase from its beginning" in str(error)
+            refused += 1
+    assert refused > 250
+    path.write_bytes(whole[:-100])
+    with pytest.raises(SaltError, match="checkpoint.pt is damaged"):
+        read_checkpoint(path, state["settings"], torch.device("cpu"))
+
+
+def test_damaged_weights_are_refused(tmp_path):
+    path, network = tmp_path / "last.safetensors", torch.nn.Linear(3, 2)
+    save_weights(network, path)
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:-1], whole[:7], b"\xff" * 8 + whole[8:], whole.replace(b"F32", b"F8_E8M0".ljust(3)[:3]), whole.replace(b"weight", b"height"), whole + b"x"):
+        path.write_bytes(damaged)
+        with pytest.raises(SaltError, match="last.safetensors does not hold weights of this network"):
+            load_weights(network, path)
+
+
+@pytest.fixture
+def store(tmp_path):
+    "Three chunks written of four."
+    ids = [f"t{k:03}" for k in range(256)]
+    store = PredictionStore.create(tmp_path / "p.zarr", ids, size=9)
+    for rows in store.pending()[:3]:
+        store.write(rows, np.random.default_rng(0).random((64, 9, 9)))
+    return store
+
+
+@pytest.mark.parametrize("damage", [lambda path: flip(path, random.Random(1)), lambda path: path.write_bytes(path.read_bytes()[:-5]), lambda path: path.write_bytes(b""), Path.unlink])
+def test_a_damaged_chunk_of_predictions_is_predicted_again(store, damage):
+    sound = store.read(store.ids[:64])
+    damage(store.path / "probs/c/1/0/0")
+    if (store.path / "probs/c/1/0/0").exists():
+        with pytest.raises(SaltError, match="p.zarr is damaged in the predictions of rows 64 to 128"):
+            PredictionStore(store.path).read(store.ids[:128])
+    again = PredictionStore.create(store.path, store.ids, size=9)
+    assert again.pending() == [slice(64, 128), slice(192, 256)]
+    assert (again.read(store.ids[:64]) == sound).all()
+
+
+def test_any_bit_of_a_store_may_be_wrong(store):
+    rng, sound = random.Random(2), store.read(store.ids[:192])
+    files = [p for p in store.path.rglob("*") if p.is_file()]
+    for _ in range(100):
+        file = rng.choice(files)
+        whole = file.read_bytes()
+        flip(file, rng)
+        try:
+            assert (PredictionStore(store.path).read(store.ids[:192]) == sound).all()
+        except SaltError as error:
+            assert "p.zarr" in str(error)
+        file.write_bytes(whole)
+
+
+# What is read is never run
+
+def test_no_module_reads_pickles():
+    "ruff finds pickle, marshal, eval, exec and yaml.load (pyproject.toml); it does not know these."
+    for path in [*(ROOT / "saltlib").glob("*.py"), *(ROOT / "nbs/runs").iterdir()]:
+        for call in re.findall(r"(?<!safetensors\.)torch\.load\(.*|read_pickle.*|allow_pickle=True.*|load_learner.*|joblib.*", path.read_text() if path.is_file() else ""):
+            assert "weights_only=True" in call, f"{path.name}: {call}"
+
+
+def test_a_store_in_the_format_that_may_hold_pickles_is_refused(tmp_path):
+    group = zarr.create_group(tmp_path / "p.zarr", zarr_format=2, attributes={"ids": ["a"], "made_by": {}})
+    group.create_array("probs", shape=(1, 9, 9), chunks=(64, 9, 9), dtype="float16")
+    group.create_array("written", shape=(1,), dtype="bool")
+    with pytest.raises(SaltError, match="p.zarr is no store of predictions"):
+        PredictionStore(tmp_path / "p.zarr")
+
+
+@pytest.mark.parametrize("change", [{"shape": [10**9, 9, 9]}, {"data_type": "float64"}, {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [10**9, 9, 9]}}}])
+def test_a_store_that_claims_to_be_huge_is_refused(store, change):
+    path = store.path / "probs/zarr.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(SaltError, match="p.zarr is no store of predictions"):
+        PredictionStore(store.path)
+
+
+BOMB = "a: &a [" + "x, " * 9 + "x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
+
+
+def test_aliases_do_not_grow_without_bounds(tmp_path):
+    (tmp_path / "r.yaml").write_text(BOMB)
+    with pytest.raises(SaltError, match="r.yaml is not a recipe: written out, its aliases make 1234567900 values"):
+        read_recipe(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize("text", [
+    "!!python/object/apply:os.system ['touch harm']", "name: !!python/name:os.system", "a: &a [*a]", "[" * 5000, "a: " + "9" * 5000, "a: 2018-13-45", "a: !!timestamp x", "a: !!bool x",
+    "a: \0", "\xff",
+])
+def test_recipes_that_are_none(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(SaltError, match="r.yaml"):
+        read_recipe(tmp_path / "r.yaml")
+    assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "/etc", ".", "..", "", "a\n", "a b", "a;b", "$(a)", "a\0", "ä"])
+def test_names_of_recipes_rounds_and_phases_are_no_paths(name):
+    plain = yaml.safe_load(SINGLE)
+    phase = plain["rounds"]["round1"]["phases"]["compact"]
+    for named in (plain | {"name": name}, plain | {"rounds": {name: plain["rounds"]["round1"]}}, plain | {"rounds": {"round1": {"phases": {name: phase}, "ensemble": {name: 1}}}}):
+        with pytest.raises(SaltError, match="is not a valid recipe"):
+            parse_recipe(named, "r.yaml")
+
+
+@pytest.mark.parametrize("key, value", [("lr", "inf"), ("lr", "nan"), ("clip", "inf"), ("epochs", 0), ("epochs", 1.5), ("epochs", "many"), ("epoch", 1)])
+def test_numbers_that_are_none(key, value):
+    plain = yaml.safe_load(SINGLE)
+    plain["rounds"]["round1"]["phases"]["compact"][key] = float(value) if value in ("inf", "nan") else value
+    with pytest.raises(SaltError, match=f"rounds.round1.phases.compact.{key}"):
+        parse_recipe(plain, "r.yaml")
+
+
+def test_the_report_shows_names_and_does_not_run_them():
+    "As the rule html in the Snakefile converts it: text, tables and errors of a notebook."
+    import nbconvert
+
+    evil = "<script>alert('x')</script><img src=x onerror=alert(1)>"
+    table = pd.DataFrame({"id": [evil]}, index=[evil])
+    new = nbformat.v4
+    outputs = [
+        new.new_output("stream", name="stdout", text=evil), new.new_output("execute_result", data={"text/html": table._repr_html_(), "text/plain": repr(table)}),
+        new.new_output("error", ename=evil, evalue=evil, traceback=[evil]),
+    ]
+    page, _ = nbconvert.HTMLExporter(exclude_input=True, embed_images=True).from_notebook_node(new.new_notebook(cells=[new.new_code_cell("", outputs=outputs)]))
+    assert evil not in page and "<img src=x" not in page and page.count(html.escape(evil, quote=False)) >= 3
+
+
+def test_any_folder_may_hold_the_project(tmp_path):
+    "The commands that Snakemake gives to the shell are quoted."
+    folder = tmp_path / "it's {my} $(project)/outputs/single"
+    folder.mkdir(parents=True)
+    python = folder.parent.parent / "python"
+    python.symlink_to(sys.executable)
+    (folder / "recipe.yaml").write_text(SINGLE)
+    command = [python, "-m", "snakemake", "--snakefile", ROOT / "nbs/runs/Snakefile", "--directory", folder, "--cores", "1", "--config", "gpu=0", "threads=1", "--dry-run", "--printshellcmds", "--nolock"]
+    shown = subprocess.run(command, env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.pathsep.join(p for p in sys.path if 'site-packages' in p)}"}, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    import shlex
+    assert shown.stdout.count(f"{shlex.quote(str(python))} -c") == 5, shown.stdout
+
+
+# Two at once
+
+def test_a_second_run_waits_and_names_the_first_and_a_killed_one_holds_nothing(tmp_path):
+    project = tmp_path / "project"
+    project.mkdir()
+    shutil.copy(ROOT / "settings.ini", project)
+    (project / "nbs").symlink_to(ROOT / "nbs")
+    (project / "single.yaml").write_text(SINGLE)
+    lock = project / "outputs/single/.lock"
+    code = f"import time; from saltlib.cli import Path, hold; held = hold(Path({str(lock)!r}), 'A run of single'); print('held', flush=True); time.sleep(600)"
+    first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "held\n"
+    assert hold(tmp_path / "project/outputs/other/.lock", "A run of other", wait=False)  # another recipe does not wait
+    second = subprocess.Popen([*SALT, "run", "single.yaml"], cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert second.stdout.readline() == f"A run of single is at work already (process {first.pid} on {socket.gethostname()}); waiting for it to end.\n"
+        first.send_signal(signal.SIGKILL)
+        assert "data/demo: " in second.communicate(timeout=60)[1] and second.returncode == 1  # its turn: there are no data
+    finally:
+        first.kill()
+        second.kill()
+        first.communicate()
