@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PACKAGED', 'PACKAGES', 'RECORD_KEYS', 'SaltError', 'project_root', 'runs_folder', 'write_atomic', 'read_json',
            'derive_seed', 'set_seed', 'pick_device', 'half_dtype', 'autocast', 'versions', 'git_commit', 'checksum',
-           'seal', 'RunRecord', 'read_record', 'changed_files']
+           'peak_memory', 'seal', 'RunRecord', 'read_record', 'changed_files']
 
 # %% ../nbs/00_core.ipynb #c9c673a4
-import contextlib, hashlib, importlib.metadata, importlib.resources, json, os, platform, random, shutil, subprocess, time
+import contextlib, hashlib, importlib.metadata, importlib.resources, json, os, platform, random, resource, shutil, subprocess, sys, time
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -168,6 +168,17 @@ def checksum(
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+# %% ../nbs/00_core.ipynb #afdd8604
+def peak_memory(
+    device: "torch.device",
+) -> float:  # GiB
+    "The most memory that this process has held so far: torch's tensors on a GPU, all of the process on a CPU."
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on a Mac, else KiB
 
 # %% ../nbs/00_core.ipynb #130b36c4
 RECORD_KEYS = set("step status arguments metrics inputs files seconds finished device host_cores versions commit".split())

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PIXELS', 'DEALT', 'weighted_mean', 'in_pieces', 'stretch', 'confidence', 'pseudo_label_table', 'deal',
            'choose_pseudo_labels', 'read_pseudo_labels', 'decode_masks', 'Group', 'group_means', 'group_ends',
-           'Ensemble', 'average_round', 'score_out_of_fold']
+           'Ensemble', 'average_round', 'score_out_of_fold', 'leave_out', 'member_table', 'disagreement',
+           'tile_disagreement', 'out_of_fold_pieces', 'scores_by_disagreement', 'count_pseudo_labels']
 
 # %% ../nbs/11_ensemble.ipynb #9a0ba636
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import pandas as pd
 
 from .core import SaltError
 from .data import PredictionStore, Tiles, encode_masks, is_black, rle_decode, unique_pixels
-from .metrics import coverage_class, precision_at_iou
+from .metrics import bootstrap_interval, coverage_class, precision_at_iou
 
 # %% ../nbs/11_ensemble.ipynb #b89dd878
 def weighted_mean(
@@ -220,3 +221,96 @@ def score_out_of_fold(
         precision = [precision_at_iou(ensemble.fold_mean(fold, own.ids[rows]) > 0.5, own.masks[rows]) for rows in in_pieces(len(own))]
         tables.append(pd.DataFrame({"id": own.ids, "fold": fold, "coverage_class": coverage_class(own.masks), "precision": np.concatenate(precision)}))
     return pd.concat(tables, ignore_index=True)
+
+# %% ../nbs/11_ensemble.ipynb #bd622c78
+def leave_out(
+    ensemble: Ensemble,
+    group: int,  # number of the group
+    member: int,  # number of the member within it
+    only: bool = False,  # keep this member alone instead
+) -> Ensemble | None:  # None if nobody is left
+    "The ensemble without one of its members, or that member alone."
+    def keep(g: int, m: int) -> bool:
+        return ((g, m) == (group, member)) == only
+
+    kept = [Group({fold: [s for m, s in enumerate(stores) if keep(g, m)] for fold, stores in part.members.items()}, part.stretch) for g, part in enumerate(ensemble.groups)]
+    kept = [part for part in kept if all(part.members.values())]
+    return Ensemble(kept, ensemble.ids) if kept else None
+
+
+def member_table(
+    ensemble: Ensemble,
+    names: list[list[str]],  # of each group's members
+    train: Tiles,  # all train tiles
+    folds: np.ndarray,  # the fold of each
+) -> pd.DataFrame:  # a row for the ensemble and one for each member: mAP alone and without it; what it adds, low and high (95 % interval)
+    "Scores of the ensemble with and without each member."
+    whole = score_out_of_fold(ensemble, train, folds)["precision"]
+    rows = {"ensemble": {"alone": whole.mean()}}
+    for g, group in enumerate(names):
+        for m, name in enumerate(group):
+            rows[name] = {"alone": score_out_of_fold(leave_out(ensemble, g, m, only=True), train, folds)["precision"].mean()}
+            if rest := leave_out(ensemble, g, m):
+                adds = whole - (without := score_out_of_fold(rest, train, folds)["precision"])
+                low, high = bootstrap_interval(adds)
+                rows[name] |= {"without": without.mean(), "adds": adds.mean(), "low": low, "high": high}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["alone", "without", "adds", "low", "high"])
+
+# %% ../nbs/11_ensemble.ipynb #8c59157f
+def disagreement(
+    ensemble: Ensemble,
+    fold: int,
+    ids: np.ndarray,  # train tiles of this fold
+) -> np.ndarray:  # [n,101,101], 0..0.5; 0 where there is one member
+    "Standard deviation between the members, out of fold; each counts the same."
+    members = [stretch(store.read(ids), *ends[fold]) for group, ends in zip(ensemble.groups, ensemble.ends) for store, _ in group.members[fold]]
+    return np.std(members, axis=0)
+
+
+def tile_disagreement(
+    ensemble: Ensemble,
+    train: Tiles,  # all train tiles
+    folds: np.ndarray,  # the fold of each
+) -> pd.Series:  # by id: mean disagreement of each tile's pixels, 0..0.5; folds without members are left out
+    "How much the members differ on each tile, out of fold."
+    means = {}
+    for fold in ensemble.folds:
+        own = train.ids[folds == fold]
+        for rows in in_pieces(len(own)):
+            means |= zip(own[rows].tolist(), disagreement(ensemble, fold, own[rows]).mean(axis=(1, 2)).tolist())
+    return pd.Series(means, name="disagreement", dtype=float)
+
+
+def out_of_fold_pieces(
+    ensemble: Ensemble,
+    train: Tiles,  # all train tiles
+    folds: np.ndarray,  # the fold of each
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # probabilities and masks, as `metrics.calibration_curve` takes them
+    "Predictions of the train tiles by networks that never saw them, piece by piece."
+    for fold in ensemble.folds:
+        own = train[np.flatnonzero(folds == fold)]
+        for rows in in_pieces(len(own)):
+            yield ensemble.fold_mean(fold, own.ids[rows]), own.masks[rows]
+
+
+def scores_by_disagreement(
+    scores: pd.DataFrame,  # disagreement and precision of each tile
+    parts: int = 4,  # of equal size, by disagreement
+) -> tuple[pd.DataFrame, float]:  # a row a part: tiles, mean disagreement, mAP; rank correlation of disagreement and error (1 - precision), -1..1, NaN if one of them is the same for all
+    "How well disagreement foretells the error."
+    ranks = scores["disagreement"].rank(method="first")
+    part = np.ceil(parts * ranks / len(scores)).astype(int).rename("part")
+    table = scores.groupby(part).agg(tiles=("precision", "size"), disagreement=("disagreement", "mean"), mAP=("precision", "mean"))
+    constant = min(scores["disagreement"].nunique(), scores["precision"].nunique()) < 2
+    return table, np.nan if constant else float(scores["disagreement"].rank().corr(1 - scores["precision"].rank()))
+
+# %% ../nbs/11_ensemble.ipynb #bea11237
+def count_pseudo_labels(
+    table: pd.DataFrame,  # of `pseudo_label_table`
+) -> pd.DataFrame:  # a row a coverage class 0..10, a column a range of confidence: tiles
+    "How many tiles have which predicted coverage and confidence."
+    ranges = pd.cut(table["confidence"], [-1, 0.8, 0.9, 0.95, 0.99, 1], labels=["to 0.8", "to 0.9", "to 0.95", "to 0.99", "to 1"])
+    classes = pd.Series(-(-10 * table["mask_pixels"] // PIXELS), index=table.index).astype(pd.CategoricalDtype(range(11)))
+    counts = pd.crosstab(classes, ranges, dropna=False)
+    counts.index = pd.Index(["no salt", *(f"{10 * k} to {10 * k + 10} %" for k in range(10))], name="coverage")
+    return counts

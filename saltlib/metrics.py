@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['count_overlap', 'tile_iou', 'precision_at_iou', 'mean_ap', 'coverage_class', 'scores_by_class', 'bootstrap_interval',
-           'threshold_curve', 'boundary_error']
+           'threshold_curve', 'boundary_error', 'count_bodies', 'error_table', 'calibration_curve', 'calibration_error']
 
 # %% ../nbs/04_metrics.ipynb #e4599296
+from collections.abc import Iterable
+
 import cv2
 import numpy as np
 import pandas as pd
@@ -116,3 +118,56 @@ def boundary_error(
             to_a, to_b = (cv2.distanceTransform(1 - edge, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) for edge in (a, b))
             errors[k] = np.concatenate([to_b[a > 0], to_a[b > 0]]).mean()
     return errors
+
+# %% ../nbs/04_metrics.ipynb #f04cee45
+def count_bodies(
+    pred: np.ndarray,  # masks, bool [N,H,W]
+    true: np.ndarray,  # masks, bool [N,H,W]
+) -> tuple[np.ndarray, np.ndarray]:  # int [N] bodies of the true mask, int [N] those of them that no predicted pixel touches
+    "Salt bodies of each tile, and the missed ones. `SaltError` as `count_overlap`."
+    count_overlap(pred, true)  # refuses what can't be compared
+    bodies, missed = np.zeros((2, len(true)), int)
+    for k, (found, mask) in enumerate(zip(pred, true)):
+        parts, labels = cv2.connectedComponents((mask != 0).astype(np.uint8), connectivity=8)
+        bodies[k] = parts - 1  # label 0 is what lies around them
+        missed[k] = bodies[k] - np.count_nonzero(np.unique(labels[found != 0]))
+    return bodies, missed
+
+
+def error_table(
+    pred: np.ndarray,  # masks, bool [N,H,W]
+    true: np.ndarray,  # masks, bool [N,H,W]
+) -> pd.DataFrame:  # a row a measure: value, low and high (95 % interval), n of what; NaN where there is nothing to measure
+    "What a model gets right and wrong, each figure with its bootstrap interval."
+    empty, (bodies, missed) = ~true.any(axis=(1, 2)), count_bodies(pred, true)
+    distance = boundary_error(pred, true)
+    measures = {
+        "mAP": (precision_at_iou(pred, true), "tiles"),
+        "IoU": (tile_iou(pred, true), "tiles"),
+        "false alarms (share)": (pred[empty].any(axis=(1, 2)), "empty tiles"),
+        "missed bodies (share)": (np.repeat([1, 0], [missed.sum(), (bodies - missed).sum()]), "salt bodies"),
+        "boundary error (pixels)": (distance[~np.isnan(distance)], "tiles where both masks have a boundary"),
+    }
+    rows = [(np.mean(v), *bootstrap_interval(v), len(v), what) if len(v) else (np.nan, np.nan, np.nan, 0, what) for v, what in measures.values()]
+    return pd.DataFrame(rows, index=list(measures), columns=["value", "low", "high", "n", "of"])
+
+# %% ../nbs/04_metrics.ipynb #79c53df9
+def calibration_curve(
+    pieces: Iterable[tuple[np.ndarray, np.ndarray]],  # probabilities [n,H,W], 0..1, and masks, bool [n,H,W]
+    bins: int = 10,  # of equal width
+) -> pd.DataFrame:  # a row a bin: mean probability, share of salt (NaN in empty bins), pixels
+    "How often pixels of each probability are salt; a large set may come in pieces."
+    sums = np.zeros((3, bins))
+    for probs, true in pieces:
+        probs = np.asarray(probs, dtype=float).ravel()
+        place = np.minimum((probs * bins).astype(int), bins - 1)
+        sums += [np.bincount(place, weights, minlength=bins) for weights in (probs, np.asarray(true, dtype=float).ravel(), None)]
+    pixels = np.where(sums[2] > 0, sums[2], np.nan)
+    return pd.DataFrame({"probability": sums[0] / pixels, "salt": sums[1] / pixels, "pixels": sums[2].astype(int)})
+
+
+def calibration_error(
+    curve: pd.DataFrame,  # of `calibration_curve`
+) -> float:  # 0..1; NaN without a pixel
+    "Expected calibration error: mean over all pixels of the distance between probability and share of salt."
+    return float(np.average((curve["probability"] - curve["salt"]).abs().fillna(0), weights=curve["pixels"])) if curve["pixels"].sum() else float("nan")

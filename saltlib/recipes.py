@@ -8,8 +8,10 @@ __all__ = ['Name', 'PhaseName', 'Snapshots', 'Strict', 'AdamW', 'RMSprop', 'SGD'
            'read_recipe', 'recipe_folder', 'write_recipe', 'Step', 'fold_of', 'members', 'recipe_steps',
            'previous_round', 'step_inputs', 'is_contaminated', 'step_folder', 'rules_in_use', 'step_arguments',
            'OpenStep', 'open_step', 'step_mosaics', 'step_folds', 'split_fold', 'pseudo_label_file', 'choose_for_phase',
-           'join_tiles', 'training_tiles', 'fit_settings', 'tiles_to_predict', 'round_ensemble', 'count_choices',
-           'run_records', 'score_table', 'mean_row', 'scores_by_place', 'compare_folds', 'run_histories']
+           'join_tiles', 'training_tiles', 'fit_settings', 'describe_training', 'tiles_to_predict', 'round_ensemble',
+           'count_choices', 'run_records', 'score_table', 'mean_row', 'scores_by_place', 'compare_folds',
+           'run_histories', 'open_run', 'open_runs', 'different_settings', 'tile_scores', 'compare_scores',
+           'most_changed', 'read_out_of_fold']
 
 # %% ../nbs/14_recipes.ipynb #b36c8219
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
-from .core import RunRecord, SaltError, checksum, derive_seed, read_record, write_atomic
+from .core import RunRecord, SaltError, checksum, derive_seed, git_commit, read_record, versions, write_atomic
 from .data import PredictionStore, Tiles, is_black, load_tiles, make_folds, read_folds, refuse_bad_data
 from .ensemble import Ensemble, Group, choose_pseudo_labels, decode_masks, read_pseudo_labels
 from .metrics import bootstrap_interval
@@ -132,6 +134,11 @@ class Phase(Strict):
         "The weights that predictions use."
         which = self.fold_snapshots.get(fold, self.weights)
         return [f"weights/{name}.safetensors" for name in ([which] if isinstance(which, str) else [f"snapshot{k}" for k in which])]
+
+    @property
+    def cycle(self) -> int | None:
+        "Epochs of a cycle, if the schedule has cycles."
+        return self.epochs if self.schedule.name == "cosine" else None
 
     @property
     def total_epochs(self) -> int:
@@ -622,6 +629,37 @@ def fit_settings(
     return settings | {"seed": derive_seed(step.recipe.seed, *place), "device": step.recipe.device}
 
 
+def describe_training(
+    step: OpenStep,  # 'train'
+    settings: dict,  # of `fit_settings`
+    train: Tiles,  # tiles to learn from
+    valid: Tiles,  # tiles to be scored on
+) -> pd.DataFrame:  # a row a topic
+    "What a training is made of, short enough to be read."
+    def words(part: dict):
+        return ", ".join([part["name"], *(f"{k} {v:g}" for k, v in part.items() if k != "name")])
+
+    own = {name: settings[name] for name in ("draws", "dropout", "batch_norm_momentum", "clip") if settings[name] is not None}
+    start = settings["start"] if isinstance(settings["start"], str) else settings["start"].relative_to(step.outputs)
+    topics = {
+        "step": f"{step.recipe.name}: {step.step}",
+        "network": f"{settings['model']} from {start}",
+        "learns from": f"{len(train)} tiles ({step.phase.data}), augmentation {settings['augment']}, loss {settings['loss']}",
+        "scored on": f"{len(valid)} tiles of fold {step.step.fold or 0} (folds by {step.recipe.folds.file or step.recipe.folds.by})",
+        "contaminated": "by pseudo-labels" if step.contaminated else "no",
+        "epochs": f"{step.phase.total_epochs} at most, batches of {settings['batch_size']}, learning rate {settings['lr']:g}",
+        "schedule": words(settings["schedule"]),
+        "optimizer": words(settings["optimizer"]),
+        "further settings": ", ".join(f"{k} {v:g}" for k, v in own.items()) or "none",
+        "seed": f"{settings['seed']}, from {step.recipe.seed}",
+        "device": step.record.device,
+        "data": step.recipe.data,
+        "commit": git_commit() or "not in git",
+        "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
+    }
+    return pd.DataFrame({"": topics})
+
+
 def tiles_to_predict(
     step: OpenStep,  # 'predict'
 ) -> tuple[np.ndarray, np.ndarray]:  # ids, images uint8
@@ -728,3 +766,85 @@ def run_histories(
     "The learning curves of all trainings."
     trainings = [s for s in recipe_steps(step.recipe) if s.kind == "train"]
     return {str(s).removeprefix("train "): pd.read_csv(step_folder(step.recipe, s, step.outputs) / "history.csv") for s in trainings}
+
+# %% ../nbs/14_recipes.ipynb #6e5e04fd
+def open_run(
+    run: str | Path,  # a name in outputs, or the folder of a run
+    outputs: str | Path,  # the project's outputs folder
+) -> OpenStep:  # the ensemble of its last round
+    "A finished run, to be read. `SaltError` if it is not there or its last round has no ensemble yet."
+    folder = Path(run) if (Path(run) / "recipe.yaml").is_file() else Path(outputs) / run
+    if not (folder / "recipe.yaml").is_file():
+        raise SaltError(f"There is no run {run}: give the name of a folder in {outputs}, or a run's folder (with recipe.yaml).")
+    recipe = read_recipe(folder / "recipe.yaml").model_copy(update={"name": folder.name})  # a copy of a run may have another name
+    step = Step("ensemble", list(recipe.rounds)[-1])
+    if read_record(place := step_folder(recipe, step, folder.parent)) is None:
+        raise SaltError(f"{folder} has no scores yet: finish it first with salt run {folder.name}.")
+    return OpenStep(recipe, step, folder.parent, RunRecord(place, step.kind, {}))
+
+
+def open_runs(
+    runs: list[str | Path],  # two or more
+    outputs: str | Path,  # the project's outputs folder
+) -> dict[str, OpenStep]:  # by name
+    "Finished runs. `SaltError` as `open_run`, or if two have the same name."
+    opened = [open_run(run, outputs) for run in runs]
+    if len(opened) < 2 or len({run.recipe.name for run in opened}) < len(opened):
+        raise SaltError(f"Give two or more runs with different names, not {', '.join(map(str, runs))}.")
+    return {run.recipe.name: run for run in opened}
+
+
+def different_settings(
+    runs: dict[str, OpenStep],  # of `open_runs`
+) -> pd.DataFrame:  # a row a setting that differs, a column a run; '' where a run has no such setting
+    "What was set differently."
+    def flat(node, path: str) -> dict[str, str]:
+        if not isinstance(node, dict):
+            return {path: str(node)}
+        return {key: value for name, part in node.items() for key, value in flat(part, f"{path}.{name}".lstrip(".")).items()}
+
+    table = pd.DataFrame({name: flat(run.recipe.model_dump(mode="json", exclude={"name"}), "") for name, run in runs.items()}).fillna("")
+    return table[table.nunique(axis=1) > 1]
+
+
+def tile_scores(
+    runs: dict[str, OpenStep],  # of `open_runs`
+) -> pd.DataFrame:  # a row a tile that any run scored, a column a run: precision, NaN where a run did not score it
+    "Out-of-fold scores of the last round, matched by id."
+    return pd.DataFrame({name: pd.read_csv(run.folder / "out_of_fold.csv", dtype={"id": str}).set_index("id")["precision"] for name, run in runs.items()})
+
+
+def compare_scores(
+    scores: pd.DataFrame,  # of `tile_scores`
+) -> pd.DataFrame:  # a row a run, then a row for each difference to the first run: tiles, mAP, low, high; tiles that are better and worse
+    "Scores, and paired differences on the tiles that both runs scored, with 95 % intervals. `SaltError` if they have no tile in common."
+    names, table = list(scores), {name: mean_row(scores[name].dropna()) for name in scores}
+    for name in names[1:]:
+        difference = (scores[name] - scores[names[0]]).dropna()
+        if difference.empty:
+            raise SaltError(f"{name} and {names[0]} have no scored tile in common: compare runs on the same data.")
+        table[f"{name} - {names[0]}"] = mean_row(difference) | {"better": (difference > 0).sum(), "worse": (difference < 0).sum()}
+    return pd.DataFrame.from_dict(table, orient="index").astype({"better": "Int64", "worse": "Int64"})
+
+
+def most_changed(
+    scores: pd.DataFrame,  # of `tile_scores`
+    n: int = 6,  # tiles
+) -> pd.DataFrame:  # at most n rows of the scores with their change from the first run to the last one; largest changes first
+    "The tiles whose score changed most."
+    change = (scores.iloc[:, -1] - scores.iloc[:, 0]).rename("change")
+    largest = change[change.abs() > 0].sort_values(key=lambda c: -c.abs(), kind="stable").index[:n]
+    return scores.join(change).loc[largest]
+
+
+def read_out_of_fold(
+    run: OpenStep,  # of `open_run`
+    ids: np.ndarray,  # train tiles that it scored
+) -> np.ndarray:  # probabilities [n,101,101]
+    "What the last round's ensemble says about train tiles, each by networks that never saw it."
+    test = pd.read_csv(run.folder / "pseudo_labels" / "all.csv", dtype={"id": str}, usecols=["id"])["id"].to_numpy(str)
+    ensemble, probs = round_ensemble(run, test), np.empty((len(ids), 101, 101), np.float32)
+    folds = pd.read_csv(run.folder / "out_of_fold.csv", dtype={"id": str}).set_index("id")["fold"].loc[ids].to_numpy()
+    for fold in np.unique(folds).tolist():
+        probs[folds == fold] = ensemble.fold_mean(fold, ids[folds == fold])
+    return probs

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'smooth_noise', 'rough_coordinates', 'salt_body', 'salt_bodies', 'cut_tiles', 'layer_coordinate', 'beds',
            'reflectivity', 'ricker', 'apply_wavelet', 'level', 'model_section', 'to_grey', 'make_section', 'adjacent',
-           'write_table', 'write_png', 'make_dataset', 'write_sections']
+           'write_table', 'write_png', 'make_dataset', 'write_sections', 'demo_data']
 
 # %% ../nbs/02_synthetic.ipynb #921f65dc
 import csv, io, tempfile
@@ -319,3 +319,12 @@ def write_sections(
     write_table(root / "sample_submission.csv", "id,rle_mask", [(id, "1 1") for id, _ in test])
 
 
+
+# %% ../nbs/02_synthetic.ipynb #905c2ae2
+def demo_data(
+    root: str | Path,  # folder; nothing is done if it already holds a data set
+) -> None:
+    "The demo's sections, made if they are not there. `SaltError` as `make_dataset`."
+    if not (Path(root) / "sample_submission.csv").exists():
+        print(f"writing synthetic seismic data to {root}", flush=True)
+        make_dataset(root, n_sections=10, seed=2018)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from saltlib.core import SaltError
-from saltlib.metrics import bootstrap_interval, boundary_error, coverage_class, mean_ap, precision_at_iou, scores_by_class, threshold_curve, tile_iou
+from saltlib.metrics import bootstrap_interval, boundary_error, calibration_curve, calibration_error, count_bodies, coverage_class, error_table, mean_ap, precision_at_iou, scores_by_class, threshold_curve, tile_iou
 
 SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9))
 PAIRS = SHAPES.flatmap(lambda shape: st.tuples(arrays(bool, shape), arrays(bool, shape)))
@@ -106,6 +106,33 @@ def test_scores_by_class():
         assert table.IoU[k] == pytest.approx(tile_iou(pred, true)[classes == k].mean())
     few = scores_by_class(pred[:20], true[:20])
     assert few.tiles.tolist() == [20] + [0] * 10 and few.mAP[1:].isna().all()
+
+
+def test_bodies_are_counted_by_what_touches_them():
+    true, pred = np.zeros((3, 20, 20), bool), np.zeros((3, 20, 20), bool)
+    true[0, 2:5, 2:5] = true[0, 10:15, 10:15] = True  # two bodies, the second one seen by a single pixel
+    pred[0, 14, 14] = True
+    true[1, 0, 0] = true[1, 1, 1] = True  # one body: its pixels touch by a corner
+    pred[1:, 19, 19] = True  # beside the body, and a false alarm
+    bodies, missed = count_bodies(pred, true)
+    assert bodies.tolist() == [2, 1, 0] and missed.tolist() == [1, 1, 0]
+    table = error_table(pred, true)
+    assert table.loc["missed bodies (share)", ["value", "n"]].tolist() == [pytest.approx(2 / 3), 3]
+    assert table.loc["false alarms (share)", ["value", "n"]].tolist() == [1, 1]
+    assert table.loc["boundary error (pixels)", "n"] == 2 and (table["low"] <= table["value"]).all()
+    alone = error_table(pred[2:], true[2:])
+    assert alone.loc["missed bodies (share)", "n"] == 0 and np.isnan(alone.loc["missed bodies (share)", "value"])
+
+
+def test_calibration_by_definition():
+    rng = np.random.default_rng(0)
+    probs, true = rng.random((6, 5, 5)), rng.random((6, 5, 5)) < 0.3
+    probs[0] = 1.0  # belongs to the last bin
+    curve = calibration_curve([(probs[:2], true[:2]), (probs[2:], true[2:])], bins=4)
+    bins = [(probs >= k / 4) & ((probs < (k + 1) / 4) | (k == 3)) for k in range(4)]
+    assert curve["pixels"].tolist() == [b.sum() for b in bins]
+    assert np.allclose(curve["probability"], [probs[b].mean() for b in bins]) and np.allclose(curve["salt"], [true[b].mean() for b in bins])
+    assert calibration_error(curve) == pytest.approx(sum(abs(probs[b].mean() - true[b].mean()) * b.mean() for b in bins))
 
 
 def test_bootstrap_interval():

@@ -9,8 +9,12 @@ from pathlib import Path
 import papermill
 import pytest
 from conftest import ROOT, changes, commit
+from execnb.nbio import read_nb
+from execnb.shell import CaptureShell
 from nbdev.doclinks import nbglob
 from nbdev.test import _keep_file
+
+from saltlib.synthetic import make_dataset
 
 LIBRARY = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 RUNS = sorted((ROOT / "nbs/runs").glob("*.ipynb"))
@@ -91,6 +95,27 @@ def test_skips_nothing_and_tests_something(path):
 @library
 def test_saved_executed(path):
     assert any(c["outputs"] for c in cells(path))
+
+
+@pytest.fixture(scope="module")
+def few_tiles(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("explore") / "data", n_sections=1, seed=5)
+
+
+@pytest.mark.parametrize("path", EXPLORE, ids=lambda p: p.stem)
+def test_exploration_runs_on_any_data_by_one_variable(path, few_tiles, monkeypatch):
+    # In this process: a kernel for each would import torch and fastai again.
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("saltlib.synthetic.make_dataset", None)  # no other data are made
+    notebook = read_nb(path)
+    (parameters,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    assert parameters.source.startswith('data = "data/demo"')
+    parameters.source += f"\ndata = {str(few_tiles)!r}" + "\ntiles, epochs = 16, 1" * ("tiles =" in parameters.source)
+    shell = CaptureShell()
+    shell.run_all(notebook, exc_stop=True)
+    assert shell.exc is None
+    outputs = [o for c in notebook.cells for o in c.get("outputs", [])]
+    assert any("image/png" in o.get("data", {}) for o in outputs) and not [o for o in outputs if o.get("name") == "stderr"]
 
 
 @everything

@@ -102,6 +102,29 @@ def test_history(epochs):
     assert f"best {(epochs - 1) / 100:.3f} (epoch {epochs - 1})" in texts(figure) and f"{epochs:.1f} min" in texts(figure)
 
 
+def test_history_shows_where_finished_cycles_end():
+    ends = [[line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == ":"] for ax in plots.plot_history(history(7), cycle=3).axes]
+    assert ends == [[2, 5]] * 3
+    assert all(line.get_linestyle() != ":" for ax in plots.plot_history(history(7)).axes for line in ax.lines)
+
+
+def test_phases_of_a_run_follow_one_another_on_one_axis():
+    names = [f"round1 {phase} fold {k}" for phase in ("a", "b") for k in (0, 1)]
+    figure = plots.plot_runs({"one": {name: history(4) for name in names}, "two": {names[0]: history(2)}})
+    png(figure)
+    (ax,) = figure.axes
+    assert [list(line.get_xdata()) for line in ax.lines] == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2 + [[0, 1]]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["one", "two"] and ax.lines[0].get_color() != ax.lines[-1].get_color()
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 12])
+def test_predictions_show_image_outlines_and_probability(tiles, n):
+    images, masks, probs, ids = (part[:n] for part in tiles)
+    figure = plots.plot_predictions(images, masks, probs, ids, np.linspace(0, 1, n))
+    assert png(figure) < 400_000 and all(name in texts(figure) for name in ids)
+    assert len([ax for ax in figure.axes if ax.images]) == 3 * n
+
+
 def test_histories_have_a_panel_a_phase_and_a_line_a_fold():
     names = [f"round{r} {phase} fold {k}" for r in (1, 2) for phase in ("compact", "v4") for k in range(3)]
     figure = plots.plot_histories({name: history(3) for name in names})
@@ -117,6 +140,30 @@ def test_threshold_curve_names_the_threshold_in_use_and_the_best():
     assert "in use: 0.5, mAP 0.740" in texts(figure) and "best here: 0.4, mAP 0.750" in texts(figure)
 
 
+def test_calibration_shows_every_bin_that_has_pixels():
+    curve = pd.DataFrame({"probability": [0.1, np.nan, 0.9], "salt": [0.3, np.nan, 0.8], "pixels": [7, 0, 90]})
+    figure = plots.plot_calibration(curve, 0.1074)
+    png(figure)
+    assert "Calibration error 0.107" in texts(figure)
+    assert np.array_equal(figure.axes[0].lines[1].get_ydata(), curve["salt"], equal_nan=True)
+    assert [bar.get_height() for bar in figure.axes[1].patches] == [7, 0.5, 90]
+
+
+def test_spread_of_networks_is_a_fourth_row(tiles):
+    images, masks, probs, ids = (part[:2] for part in tiles)
+    figure = plots.plot_predictions(images, masks, probs, ids, np.ones(2), spread=np.full(probs.shape, 0.2))
+    png(figure)
+    assert len([ax for ax in figure.axes if ax.images]) == 8 and "spread of the networks" in texts(figure)
+
+
+def test_tiles_are_laid_out_by_id_in_their_places():
+    places = pd.DataFrame({"id": ["a", "b", "gone"], "row": [5, 6, 6], "column": [2, 2, 3]})
+    tiles = np.stack([np.full((101, 101), 7), np.full((101, 101), 9)])
+    section = plots.lay_out(places, np.array(["b", "a"]), tiles, -1)
+    assert section.shape == (202, 202)
+    assert [section[0, 0], section[101, 0], section[101, 101], section[0, 101]] == [9, 7, -1, -1]
+
+
 def test_scores_by_class_match_by_class_not_by_order(tiles):
     _, masks, probs, _ = tiles
     full = scores_by_class(probs > 0.5, masks)
@@ -124,6 +171,7 @@ def test_scores_by_class_match_by_class_not_by_order(tiles):
     heights = [[bar.get_height() for bar in plots.plot_scores_by_class(table).axes[0].patches] for table in (full, some, some[::-1])]
     assert np.allclose(heights[0], heights[1], equal_nan=True) and np.allclose(heights[0], heights[2], equal_nan=True)
     assert heights[0][0] == full['mAP'][0]
+    assert [label.get_text().split("\n")[1] for label in plots.plot_scores_by_class(some).axes[0].get_xticklabels()] == [str(n) for n in full["tiles"]]
     png(plots.plot_scores_by_class(full.assign(tiles=0, mAP=np.nan)))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -112,6 +113,9 @@ def test_submission_and_report(finished):
     html = (project / "outputs/demo/report/report.html").read_text()
     assert "Test tiles" in html and "data:image/png;base64" in html
     assert "folds by depth" in html and "beside it" in html and "published + continued" in html
+    for said in ("Calibration", "rank correlation of disagreement and error", "90 to 100 %", "Whole sections", 'name="viewport"', "@media print"):
+        assert said in html, said
+    assert not re.findall(r"""(?:src=|@import |import\(|url\()["']?(?:https?:)?//""", html)  # opens without a network
 
 
 def test_the_networks_of_a_run_mask_a_folder_of_tiles(finished, tmp_path):
@@ -131,6 +135,40 @@ def test_history_has_a_line_an_epoch_and_progress_is_shown(finished):
     assert history["epoch"].tolist() == [0] and history["mAP"].between(0, 1).all()
     assert out.count("| epoch ") == 2 + 2 * 2  # one epoch and two, on two folds
     assert "train round2 compact fold 1 | epoch   0" in out
+
+
+def test_executed_train_notebook_tells_the_whole_training(finished):
+    project, _ = finished
+    folder = project / "outputs/demo/round2/compact/fold1/train"
+    text, pictures = "", 0
+    for output in (o for c in nbformat.read(folder / "train.ipynb", 4).cells for o in c.get("outputs", [])):
+        text += output.get("text", "") + "".join(v for k, v in output.get("data", {}).items() if k.startswith("text"))
+        pictures += "image/png" in output.get("data", {})
+    record = read_record(folder)
+    for said in ("compact from demo/round1/compact/fold1", "seed", record["commit"] or "not in git", record["versions"]["torch"], f"mAP {record['metrics']['mAP']:.4f}",
+                 "false alarms (share)", "missed bodies (share)", "boundary error (pixels)", "90 to 100 %", "tiles/s while learning", "GiB"):
+        assert said in text, said
+    assert pictures == 5 and record["metrics"]["memory_gib"] > 0.1  # curves, classes, thresholds, best and median, worst
+    assert "%|" not in text and "Warning" not in text
+
+
+def test_runs_are_compared_tile_by_tile(finished, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(finished[0], project, symlinks=True, ignore=shutil.ignore_patterns(".snakemake"))
+    other = project / "outputs/other"
+    shutil.copytree(project / "outputs/demo", other)
+    (other / "recipe.yaml").write_text((other / "recipe.yaml").read_text().replace("seed: 2018", "seed: 7"))
+    scores = pd.read_csv(table := other / "round2/ensemble/out_of_fold.csv", dtype={"id": str})
+    changed, before = scores["id"][3], scores["precision"].copy()
+    scores.loc[3, "precision"] = 1 - round(scores["precision"][3])
+    scores.to_csv(table, index=False)
+    text = salt(project, "compare", "demo", "outputs/other", "--out", "outputs/compared.ipynb").stdout
+    assert "seed" in text and "2018" in text and "other - demo" in text and changed in text
+    assert f"{(scores['precision'] - before).mean():.4f}".rstrip("0") in text
+    notebook = nbformat.read(project / "outputs/compared.ipynb", 4)
+    assert sum("image/png" in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", [])) == 3  # curves, and the changed tile as each run sees it
+    refused = salt(project, "compare", "demo", "no_such_run", check=False)
+    assert refused.returncode == 1 and "There is no run no_such_run" in refused.stderr
 
 
 def test_pseudo_labels_of_a_fold_come_from_its_own_models(finished):
