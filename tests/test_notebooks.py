@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import papermill
 import pytest
 from conftest import ROOT, changes, commit
 from execnb.nbio import read_nb
@@ -57,11 +56,6 @@ def test_nbdev_test(path, clone):
     report = nbdev("nbdev_test", "--path", f"nbs/{path.name}", "--do_print", cwd=clone)
     assert f"- Completed {clone / 'nbs' / path.name}" in report and "Success." in report
     assert changes(clone) == ""
-
-
-@pytest.mark.parametrize("path", EXPLORE, ids=lambda p: p.stem)
-def test_explore_notebooks_run(path, tmp_path):
-    papermill.execute_notebook(path, tmp_path / path.name, progress_bar=False)
 
 
 def test_every_module_comes_from_one_notebook():
