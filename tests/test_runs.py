@@ -73,7 +73,7 @@ def test_every_step_leaves_a_record_and_an_executed_notebook(finished):
         notebook = nbformat.read(folder / f"{step.kind}.ipynb", 4)
         assert notebook.metadata.papermill.exception is None and notebook.metadata.papermill.end_time
         outputs = [o for c in notebook.cells for o in c.get("outputs", [])]
-        assert any("image/png" in o.get("data", {}) for o in outputs)
+        assert any({"image/png", "image/jpeg"} & o.get("data", {}).keys() for o in outputs)
         assert not [o for o in outputs if o.get("name") == "stderr"]
         assert (folder / f"{step.kind}.ipynb").stat().st_size < 1_500_000
 
