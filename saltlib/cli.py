@@ -703,7 +703,7 @@ def main(
             from saltlib.bench import bench_table, run_bench
 
             bench = run_bench(args.quick, args.scale)
-            Console().print(bench_table(bench))
+            Console(width=None if sys.stdout.isatty() else 200).print(bench_table(bench))
             if args.json:
                 write_atomic(args.json, json.dumps(bench, indent=1))
         elif args.command == "step":

@@ -178,6 +178,8 @@ def peak_memory(
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    with contextlib.suppress(OSError, StopIteration):  # Linux; ru_maxrss would begin with the parent's
+        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on a Mac, else KiB
 
 # %% ../nbs/00_core.ipynb #130b36c4

@@ -1,0 +1,19 @@
+"""salt bench does everything that it has figures for."""
+
+import json
+
+from saltlib.bench import NETWORKS
+from saltlib.cli import main
+
+
+def test_quick_bench(tmp_path, capsys):
+    assert main(["bench", "--quick", "--json", str(tmp_path / "bench.json")]) == 0
+    bench = json.loads((tmp_path / "bench.json").read_text())
+    rows = {row["work"]: row for row in bench["rows"]}
+    assert {f"predict {name}" for name in NETWORKS} | {"train compact", "load tiles", "find neighbours"} <= set(rows)
+    assert all(row["tiles_per_second"] > 0 and row["mib"] >= 0 for row in rows.values())
+    # An untrained network's activations are not normal ones; trained, half precision costs a tenth of this.
+    assert all(row["plain"] > 0 and row["difference"] < 0.1 for work, row in rows.items() if work.startswith("predict"))
+    assert bench["machine"]["matmul_gflops"] > 0
+    table = capsys.readouterr().out
+    assert all(work in table for work in rows)
