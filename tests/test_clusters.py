@@ -1,6 +1,7 @@
 """What the profiles ask of a cluster, taken down by stand-ins for its commands."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 
 import pytest
 import yaml
+from conftest import ROOT
 from test_runs import SALT, make_project, salt
 
 from saltlib.recipes import read_recipe, write_recipe
@@ -81,7 +83,10 @@ def test_kubernetes(project, tmp_path):
     (tmp_path / "bin/kubectl").write_text(KUBECTL.format(python=sys.executable, jobs=jobs))
     (tmp_path / "bin/kubectl").chmod(0o755)
     env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    run = subprocess.run([*SALT, "run", "single.yaml", "--profile", "kubernetes"], cwd=project, env=env, capture_output=True, text=True)
+    shutil.copytree(ROOT / "nbs/runs/profiles/kubernetes", project / "my_cluster")  # as one does to change it
+    with (project / "my_cluster/config.yaml").open("a") as config:
+        config.write("seconds-between-status-checks: 1\n")
+    run = subprocess.run([*SALT, "run", "single.yaml", "--profile", "my_cluster"], cwd=project, env=env, capture_output=True, text=True)
     assert run.returncode == 1 and "single is not complete" in run.stderr, run.stdout + run.stderr
     assert (project / "outputs/single/prepare/record.json").exists(), run.stdout + run.stderr
     specs = [yaml.safe_load(path.read_text()) for path in sorted(jobs.iterdir())]
