@@ -494,7 +494,7 @@ def compare_runs(
         folders = [str(folder.relative_to(root) if folder.is_relative_to(root) else folder) for folder in (recipe_folder(run.recipe, run.outputs).resolve() for run in runs.values())]
         out = Path(out).resolve()
         os.chdir(root)
-        execute_notebook("nbs/runs/compare.ipynb", out, {"runs": folders}, "compare")
+        execute_notebook(os.path.relpath(runs_folder() / "compare.ipynb"), out, {"runs": folders}, "compare")
         print(f"curves and pictures: {out}")
 
 # %% ../nbs/16_cli.ipynb #c8d31c76

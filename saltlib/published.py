@@ -7,7 +7,6 @@ __all__ = ['PARTS', 'INSIDE', 'NORM', 'Source', 'fill', 'swap_prefix', 'phalanx_
            'load_phalanx', 'keras_layer', 'from_keras', 'keras_sources', 'keras_tensors', 'load_bes', 'load_published']
 
 # %% ../nbs/08_published.ipynb #39aafd44
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .core import SaltError
+from .core import SaltError, read_torch
 from .models import MODELS, create_model
 
 # %% ../nbs/08_published.ipynb #8de97df8
@@ -107,11 +106,7 @@ def read_tensors(
 ) -> Mapping[str, torch.Tensor]:
     "A released state dict. `SaltError` if the file holds anything else; no code in it is run."
     try:
-        if zipfile.is_zipfile(path):  # as later versions of torch write them
-            with zipfile.ZipFile(path) as file:
-                if damaged := file.testzip():  # torch.load itself does not look at the checksums
-                    raise ValueError(f"{damaged} is damaged")
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = read_torch(path)
     except Exception as error:  # torch.load has many ways to say that a file is none of its own
         raise SaltError(f"{path} is not a torch file of plain tensors: take the released .pth file. ({(str(error).splitlines() or [type(error).__name__])[0]})") from error
     if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu" for value in found.values()):

@@ -8,7 +8,7 @@ __all__ = ['ToNetworkInput', 'Bfloat16', 'precision_callbacks', 'EpochSeeds', 'f
            'fit_phase']
 
 # %% ../nbs/09_training.ipynb #101a3bd3
-import hashlib, io, math, os, time, warnings, zipfile
+import hashlib, io, math, os, time, warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ with warnings.catch_warnings():
     from fastai.torch_core import to_float
 
 from .augment import AUGMENTATIONS, EpochSampler, TileDataset
-from .core import SaltError, checksum, derive_seed, half_dtype, pick_device, set_seed, write_atomic
+from .core import SaltError, checksum, derive_seed, half_dtype, pick_device, read_torch, set_seed, write_atomic
 from .data import Tiles
 from .losses import LOSSES
 from .metrics import precision_at_iou
@@ -264,10 +264,7 @@ def read_checkpoint(
     if not path.exists():
         return None
     try:
-        with zipfile.ZipFile(path) as file:
-            if damaged := file.testzip():  # torch.load itself does not look at the checksums
-                raise ValueError(damaged)
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = read_torch(path, device)
         then = state["settings"]
     except Exception as error:  # whatever a damaged file makes torch raise
         raise SaltError(f"{path} is damaged ({type(error).__name__}): delete it to train this phase from its beginning.") from None
