@@ -5,7 +5,7 @@ UV := .uv/bin/uv
 # As pip does, uv trusts what the system trusts, a company's own mirror included.
 export UV_SYSTEM_CERTS ?= true
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-slurm fuzz kills load wheel audit lab gpu-pack lock upgrade
+.PHONY: help setup demo test test-full test-slurm fuzz kills load wheel audit lab docs picture browser gpu-pack lock upgrade
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -46,6 +46,15 @@ audit: setup ## known weaknesses of the locked packages (asks the network)
 
 lab: setup ## JupyterLab; its Python kernel is the one with saltlib
 	@.venv/bin/jupyter lab
+
+docs: setup ## the documentation as a site that opens offline: _docs/html/index.html
+	@.venv/bin/python -m sphinx --quiet --fail-on-warning --doctree-dir _docs/doctrees nbs _docs/html
+
+browser: setup ## JupyterLab, a run's notebook and its report (RUN=outputs/demo) in Chromium, installed as root on Debian; needs npm
+	@tests/browser/run.sh $(RUN)
+
+picture: demo ## the section in README, with the salt that the demo's networks see
+	@.venv/bin/python nbs/images/section.py
 
 # What such a machine has already; what fastai, Snakemake and the kernel ask for but a run never imports.
 THERE = torch|torchvision|triton|timm|nvidia-.*|cuda-.*|numpy|scipy|scikit-learn|pandas|matplotlib|opencv-python-headless|h5py|pillow|sympy|networkx|setuptools|fonttools|contourpy|kiwisolver|huggingface-hub|hf-xet|safetensors|pyyaml|rich|requests|aiohttp|pygments|uvloop

@@ -108,8 +108,8 @@ def plot_predictions(
     columns: int = 6,  # tiles in a row
 ) -> plt.Figure:
     "Three pictures a tile, one below the other: the image, true and predicted outline on it, and the probability; a fourth for the spread, if it is given."
-    columns, blocks, deep = max(min(columns, len(images)), 3), max(1, -(-len(images) // columns)), 3 + (spread is not None)
-    figure, axes = plt.subplots(deep * blocks, columns, figsize=(1.3 * columns + 0.6, 1.35 * deep * blocks + 0.4), dpi=DPI, layout="constrained", squeeze=False)
+    columns, blocks, deep = max(min(columns, len(images)), 1), max(1, -(-len(images) // columns)), 3 + (spread is not None)
+    figure, axes = plt.subplots(deep * blocks, columns, figsize=(max(1.3 * columns + 0.6, 3), 1.35 * deep * blocks + 0.4), dpi=DPI, layout="constrained", squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
     for k in range(len(images)):
@@ -130,7 +130,7 @@ def plot_predictions(
         bar.set_label("probability of salt", fontsize=8)
         bar.ax.tick_params(labelsize=7)
     entries = [Line2D([], [], color=TRUTH, linewidth=1.6, label="true salt"), Line2D([], [], color=PREDICTION, linewidth=1.6, linestyle="dashed", label=f"predicted salt (probability > {threshold:.2g})")]
-    figure.legend(handles=entries, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    figure.legend(handles=entries, loc="outside lower center", ncols=1 + (columns > 2), fontsize=8, frameon=False)
     return figure
 
 # %% ../nbs/13_plots.ipynb #88eb7cff
@@ -190,7 +190,7 @@ def plot_history(
     style = {"marker": "o", "markersize": 3, "linewidth": 1.4}
     losses.plot(history["epoch"], history["train_loss"], color=OTHER, label="training", **style)
     losses.plot(history["epoch"], history["valid_loss"], color=PREDICTION, label="validation", **style)
-    losses.legend(fontsize=8, frameon=False)
+    losses.legend(fontsize=8, framealpha=1, edgecolor="none")  # hides the ends of cycles behind it
     best, last = history.loc[history["mAP"].idxmax()], history.iloc[-1]
     score.plot(history["epoch"], history["mAP"], color=PREDICTION, **style)
     rate.plot(history["epoch"], history["lr"], color=OTHER, **style)

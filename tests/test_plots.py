@@ -123,6 +123,7 @@ def test_predictions_show_image_outlines_and_probability(tiles, n):
     figure = plots.plot_predictions(images, masks, probs, ids, np.linspace(0, 1, n))
     assert png(figure) < 400_000 and all(name in texts(figure) for name in ids)
     assert len([ax for ax in figure.axes if ax.images]) == 3 * n
+    assert len(figure.axes) == 3 * max(n, 1) + (n > 0)  # a bar beside them, no room left blank
 
 
 def test_histories_have_a_panel_a_phase_and_a_line_a_fold():
