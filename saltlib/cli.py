@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_V5', 'PUBLISHED_BES', 'check_parameters', 'LabelledLines', 'execute_notebook', 'hold', 'holder',
-           'visible_gpus', 'hold_gpu', 'run_step', 'Progress', 'watch', 'find_recipe', 'load_recipe', 'outdated_steps',
-           'count_tiles', 'training_passes', 'measured_rates', 'expected_cost', 'find_profile', 'run_recipe',
-           'notebook_error', 'status_rows', 'show_status', 'compare_runs', 'Member', 'published_members', 'run_members',
-           'find_members', 'predict_folder', 'predict_settings', 'run_demo', 'make_parser', 'main']
+           'visible_gpus', 'hold_gpu', 'run_step', 'Progress', 'interrupt_all', 'watch', 'find_recipe', 'load_recipe',
+           'outdated_steps', 'count_tiles', 'training_passes', 'measured_rates', 'expected_cost', 'find_profile',
+           'run_recipe', 'notebook_error', 'status_rows', 'show_status', 'compare_runs', 'Member', 'published_members',
+           'run_members', 'find_members', 'predict_folder', 'predict_settings', 'run_demo', 'make_parser', 'main']
 
 # %% ../nbs/16_cli.ipynb #95b424de
-import argparse, contextlib, fcntl, io, json, os, re, shutil, socket, subprocess, sys, tempfile, time
+import argparse, contextlib, fcntl, io, json, os, re, shutil, signal, socket, subprocess, sys, tempfile, time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from .core import SaltError, changed_files, checksum, project_root, read_json, read_record, runs_folder, write_atomic
 from .data import refuse_bad_data
@@ -220,6 +222,14 @@ class Progress:
         return table
 
 
+def interrupt_all(*_) -> None:
+    "Pass SIGTERM on as Ctrl-C, which a terminal sends to all processes of a run."
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGINT)
+    raise KeyboardInterrupt
+
+
 def watch(
     command: list[str],
     files: list[int],  # open files that the command inherits
@@ -230,13 +240,24 @@ def watch(
     "Run a command under a live view, or with plain lines where there is no terminal."
     from rich.live import Live
 
-    if verbose or not (quiet or sys.stdout.isatty()):
-        return subprocess.run(command, pass_fds=files).returncode
-    view = contextlib.nullcontext() if quiet else Live(get_renderable=progress.table, refresh_per_second=2, transient=True)
-    with view, subprocess.Popen(command, pass_fds=files, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
-        for line in running.stdout:
-            progress.hear(line)
-    if running.returncode:
+    plain = verbose or not (quiet or sys.stdout.isatty())
+    view = contextlib.nullcontext() if quiet or plain else Live(get_renderable=progress.table, refresh_per_second=2, transient=True)
+    piped = {} if plain else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    before = signal.signal(signal.SIGTERM, interrupt_all)
+    try:
+        with view, subprocess.Popen(command, pass_fds=files, **piped) as running:
+            try:
+                for line in running.stdout or ():
+                    progress.hear(line)
+                running.wait()
+            except KeyboardInterrupt:  # the command has it, too: let it stop its steps, or its jobs on a cluster
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    running.wait(60)
+                running.kill()
+                raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if running.returncode and not plain:
         print(*progress.others, sep="\n", file=sys.stderr)
     return running.returncode
 

@@ -279,10 +279,12 @@ def stack_tiles(
     ids: list[str],
     problems: list[str],  # as in `decode_all`
     mask: bool = False,
-) -> np.ndarray:  # uint8 or bool [n,101,101]; valid only if no problem was found
+    before: np.ndarray | tuple = (),  # tiles [k,101,101] to put in front
+) -> np.ndarray:  # uint8 or bool [k+n,101,101]; valid only if no problem was found
     "Decode many tiles into one array."
-    tiles = np.zeros((len(ids), SIZE, SIZE), bool if mask else np.uint8)
-    for (_, pixels), tile in zip(decode_all(files, ids, problems, mask), tiles):
+    tiles = np.zeros((len(before) + len(ids), SIZE, SIZE), bool if mask else np.uint8)
+    tiles[: len(before)] = np.reshape(before, (-1, SIZE, SIZE))
+    for (_, pixels), tile in zip(decode_all(files, ids, problems, mask), tiles[len(before) :]):
         tile[:] = pixels
     return tiles
 
@@ -318,7 +320,8 @@ def parse_depth(
 def load_tiles(
     root: str | Path,  # data folder
     split: str,  # 'train' or 'test'
-) -> Tiles:  # sorted by id
+    after: Tiles | None = None,  # put the test tiles behind these, in one array: joining two would take twice the memory
+) -> Tiles:  # of the split, sorted by id
     "All tiles of a split. `SaltError` naming the files and ids if a tile, mask or depth is missing or unreadable."
     cells, problems = read_by_id(Path(root) / "depths.csv", "z")
     depths = {id: parse_depth(cell) for id, cell in cells.items()}
@@ -327,13 +330,16 @@ def load_tiles(
         with open_split(root, split) as files:
             problems += [problem for kind in files.values() for problem in kind.problems]
             ids = sorted(files["images"].entries)
-            images = stack_tiles(files["images"], ids, problems)
+            images = stack_tiles(files["images"], ids, problems, before=after.images if after else ())
             if "masks" in files:
                 masks = stack_tiles(files["masks"], ids, problems, mask=True)
     except SaltError as error:
         raise SaltError(f"{root}: {error}") from None
     refuse(problems + [f"depths.csv has no depth for {id}." for id in ids if depths.get(id) is None], root)
-    return Tiles(np.array(ids, dtype=str), images, masks, np.array([depths[id] for id in ids], dtype=int))
+    ids, depths = np.array(ids, dtype=str), np.array([depths[id] for id in ids], dtype=int)
+    if after:
+        ids, depths = np.concatenate([after.ids, ids]), np.concatenate([after.depths, depths])
+    return Tiles(ids, images, masks, depths)
 
 # %% ../nbs/01_data.ipynb #850696bb
 def load_images(

@@ -6,14 +6,15 @@
 __all__ = ['KEPT', 'BLOCK', 'LENGTH', 'STEP', 'LINES', 'SUMS', 'EXAMPLES', 'TEACHERS', 'RIDGE', 'WEIGHTS', 'OFFSET', 'RIVAL',
            'STRANGERS', 'FLOOR', 'CLOSE', 'WASH', 'FRAME', 'NOTHING', 'unit', 'ClosePairs', 'close_pairs', 'distance',
            'nearest_rival', 'best_rivals', 'margin', 'published_sides', 'published_pairs', 'facing', 'standard_lines',
-           'learn_continuation', 'learned_sides', 'pair_similarity', 'learned_pairs', 'grow_grids', 'check_images',
-           'find_neighbors', 'assemble', 'mosaic_groups', 'mosaic_table', 'closest_known', 'edge_disagreement',
-           'draw_mosaic', 'write_mosaics']
+           'learn_continuation', 'by_pieces', 'learned_sides', 'pair_similarity', 'learned_pairs', 'grow_grids',
+           'check_images', 'find_neighbors', 'assemble', 'mosaic_groups', 'mosaic_table', 'closest_known',
+           'edge_disagreement', 'draw_mosaic', 'write_mosaics']
 
 # %% ../nbs/03_mosaic.ipynb #fa10dbd5
 import math
 import os
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,14 +211,22 @@ OFFSET = -45.0
 RIVAL = 0.6  # similarity that a rival is taken to have at least: in a small set there may be none to show that a side is common
 
 
+def by_pieces(
+    work: Callable[[np.ndarray], np.ndarray],  # of tiles [n,101,101]
+    tiles: np.ndarray,  # [N,101,101], N at least 1
+) -> np.ndarray:  # work(tiles)
+    "Work on some thousand tiles at a time, so that what is needed in between stays small."
+    return np.concatenate([work(tiles[k : k + 8192]) for k in range(0, len(tiles), 8192)])
+
+
 def learned_sides(
     tiles: np.ndarray,  # [N,101,101]; the follower lies to the right
     continuation: tuple[np.ndarray, np.ndarray, np.ndarray],  # from `learn_continuation`
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # descriptors of the last and the first side: sharp and flat [N,100], line [N,101]
     "What the default rule compares."
     before, behind, r = continuation
-    last, first = standard_lines(tiles, SIZE - LINES) @ before, standard_lines(tiles, 0) @ behind
-    centred = lambda column: unit((line := tiles[:, :, column].astype(np.float32)) - line.mean(axis=1, keepdims=True))
+    last, first = by_pieces(lambda t: standard_lines(t, SIZE - LINES) @ before, tiles), by_pieces(lambda t: standard_lines(t, 0) @ behind, tiles)
+    centred = lambda column: by_pieces(lambda t: unit((line := t[:, :, column].astype(np.float32)) - line.mean(axis=1, keepdims=True)), tiles)
     weight = r / (1 - r**2)
     return {"sharp": (unit(last * weight), unit(first * weight)), "flat": (unit(last * weight**0.5), unit(first * weight**0.5)), "line": (centred(-1), centred(0))}
 
@@ -431,7 +440,7 @@ WASH, FRAME, NOTHING = (230, 159, 0), (86, 180, 233), 255  # orange for salt, sk
 def draw_mosaic(
     grid: np.ndarray,  # from `assemble`
     images: np.ndarray,  # uint8 [N,101,101]
-    masks: np.ndarray | None = None,  # bool [N,101,101]: salt, washed over in orange
+    masks: np.ndarray | None = None,  # bool [M,101,101], of the first M tiles: salt, washed over in orange
     framed: np.ndarray | None = None,  # bool [N]: tiles to frame, such as those whose masks are the truth
 ) -> np.ndarray:  # uint8 [101 rows, 101 columns, 3], RGB
     "The section that the tiles make."
@@ -441,7 +450,7 @@ def draw_mosaic(
             continue
         place = picture[row * SIZE : (row + 1) * SIZE, column * SIZE : (column + 1) * SIZE]
         place[:] = images[tile][:, :, None]
-        if masks is not None:
+        if masks is not None and tile < len(masks):
             place[masks[tile]] = (0.65 * place[masks[tile]] + 0.35 * np.array(WASH)).astype(np.uint8)
         if framed is not None and framed[tile]:
             cv2.rectangle(place, (0, 0), (SIZE - 1, SIZE - 1), FRAME, 2)
@@ -458,14 +467,12 @@ def write_mosaics(
         raise SaltError(f"{out} is there already and not empty: delete it or name another folder for the mosaics.")
     out.mkdir(parents=True, exist_ok=True)  # before the work: a read-only place is refused at once
     refuse_bad_data(root)
-    train, test = load_tiles(root, "train"), load_tiles(root, "test")
-    ids, images = np.concatenate([train.ids, test.ids]), np.concatenate([train.images, test.images])
-    masks = np.concatenate([train.masks, np.zeros(test.images.shape, bool)])
-    neighbors = find_neighbors(images)
+    tiles = load_tiles(root, "test", after=(train := load_tiles(root, "train")))
+    ids, neighbors = tiles.ids, find_neighbors(tiles.images)
     grids = assemble(neighbors, len(ids))
     write_atomic(out / "pairs.csv", neighbors.assign(first=ids[neighbors["first"]], second=ids[neighbors["second"]]).round({"distance": 4}).to_csv(index=False))
     for number, grid in enumerate(grids):
         write_atomic(out / f"mosaic_{number:04}.csv", pd.DataFrame(np.where(grid < 0, "", ids[grid])).to_csv(index=False, header=False))
-        picture = draw_mosaic(grid, images, masks, np.arange(len(ids)) < len(train))
+        picture = draw_mosaic(grid, tiles.images, train.masks, np.arange(len(ids)) < len(train))
         write_atomic(out / f"mosaic_{number:04}.png", cv2.imencode(".png", picture[:, :, ::-1])[1].tobytes())
     return grids

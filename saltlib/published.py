@@ -187,12 +187,16 @@ def keras_tensors(
     file: h5py.File,  # written by Keras' save_weights
 ) -> dict[str, h5py.Dataset]:  # 'layer/weight:0' -> its numbers, not read yet
     "The weights of all layers that have any."
-    def text(name): return name.decode() if isinstance(name, bytes) else str(name)
+    def names(node, key):
+        stored = node.attrs.get_id(key)
+        if stored.dtype.kind != "S" and 0 not in stored.shape:  # as h5py 2 wrote them; damaged ones of variable length HDF5 can read for ever
+            raise SaltError(f"{file.filename}: {key} is no list of names of fixed length: take the released .hdf5 file.")
+        return [name.decode() for name in np.atleast_1d(node.attrs[key])]
 
     members, found = {}, {}
     file.visititems(members.__setitem__)  # follows no link, so nothing outside this file is opened
-    for layer in map(text, file.attrs["layer_names"]):
-        for weight in map(text, members[layer].attrs["weight_names"]):
+    for layer in names(file, "layer_names"):
+        for weight in names(members[layer], "weight_names"):
             array = members[f"{layer}/{weight}"]
             if not isinstance(array, h5py.Dataset) or array.dtype.kind != "f":
                 raise SaltError(f"{file.filename}: {layer}/{weight} does not hold numbers: take the released .hdf5 file.")

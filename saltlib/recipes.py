@@ -7,11 +7,10 @@ __all__ = ['Name', 'PhaseName', 'Snapshots', 'Strict', 'AdamW', 'RMSprop', 'SGD'
            'Phase', 'Members', 'Round', 'Folds', 'Recipe', 'full_name', 'set_value', 'count_values', 'parse_recipe',
            'read_recipe', 'recipe_folder', 'write_recipe', 'Step', 'fold_of', 'members', 'recipe_steps',
            'previous_round', 'step_inputs', 'is_contaminated', 'step_folder', 'rules_in_use', 'step_arguments',
-           'OpenStep', 'open_step', 'step_mosaics', 'step_folds', 'split_fold', 'pseudo_label_file', 'choose_for_phase',
-           'join_tiles', 'training_tiles', 'fit_settings', 'describe_training', 'tiles_to_predict', 'round_ensemble',
-           'count_choices', 'run_records', 'score_table', 'mean_row', 'scores_by_place', 'compare_folds',
-           'run_histories', 'open_run', 'open_runs', 'different_settings', 'tile_scores', 'compare_scores',
-           'most_changed', 'read_out_of_fold']
+           'OpenStep', 'open_step', 'step_folds', 'split_fold', 'pseudo_label_file', 'choose_for_phase', 'join_tiles',
+           'training_tiles', 'fit_settings', 'describe_training', 'tiles_to_predict', 'round_ensemble', 'count_choices',
+           'run_records', 'score_table', 'mean_row', 'scores_by_place', 'compare_folds', 'run_histories', 'open_run',
+           'open_runs', 'different_settings', 'tile_scores', 'compare_scores', 'most_changed', 'read_out_of_fold']
 
 # %% ../nbs/14_recipes.ipynb #b36c8219
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from .core import RunRecord, SaltError, checksum, derive_seed, git_commit, read_
 from .data import PredictionStore, Tiles, is_black, load_tiles, make_folds, read_folds, refuse_bad_data
 from .ensemble import Ensemble, Group, choose_pseudo_labels, decode_masks, read_pseudo_labels
 from .metrics import bootstrap_interval
-from .mosaic import CLOSE, assemble, closest_known, find_neighbors, mosaic_groups
+from .mosaic import CLOSE, closest_known, mosaic_groups
 
 # %% ../nbs/14_recipes.ipynb #70cdf087
 class Strict(BaseModel):
@@ -526,20 +525,11 @@ def open_step(
     return opened
 
 # %% ../nbs/14_recipes.ipynb #ca0ad5fa
-def step_mosaics(
-    train: Tiles,
-    test: Tiles,
-) -> list[np.ndarray]:  # grids of row numbers, those of the test tiles after those of the train tiles
-    "The mosaics of all tiles, found by their pictures alone."
-    images = np.concatenate([train.images, test.images])
-    return assemble(find_neighbors(images), len(images))
-
-
 def step_folds(
     step: OpenStep,  # 'prepare'
     train: Tiles,
     test: Tiles,
-    mosaics: list[np.ndarray],  # of `step_mosaics`
+    mosaics: list[np.ndarray],  # grids of row numbers, those of the test tiles behind those of the train tiles
 ) -> np.ndarray:  # fold of each train tile
     "Folds by depth over all tiles, by mosaic with the known salt balanced, or from the recipe's own file. `SaltError` if a fold has no train tile, or the file lacks a tile or has another number of folds."
     settings = step.recipe.folds
@@ -665,8 +655,8 @@ def tiles_to_predict(
 ) -> tuple[np.ndarray, np.ndarray]:  # ids, images uint8
     "The fold's own validation tiles (out of fold) and all test tiles."
     _, valid = split_fold(step)
-    test = load_tiles(step.recipe.data, "test")
-    return np.concatenate([valid.ids, test.ids]), np.concatenate([valid.images, test.images])
+    tiles = load_tiles(step.recipe.data, "test", after=valid)
+    return tiles.ids, tiles.images
 
 
 def round_ensemble(

@@ -229,7 +229,7 @@ def safetensors_file():
 def keras_file():
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
-        file.attrs["layer_names"] = [b"a", b"relu"]
+        file.attrs["layer_names"] = np.array([b"a", b"relu"])
         for name, weights in {"a": ["kernel:0", "bias:0"], "relu": []}.items():
             file.create_group(name).attrs["weight_names"] = np.array([f"{name}/{w}".encode() for w in weights], dtype="S")
         file["a"].create_dataset("a/kernel:0", data=np.ones((3, 2), np.float32))
@@ -292,14 +292,16 @@ TARGETS = {  # share of all inputs
 }
 
 
-def run(name: str, n: int, seed: int) -> tuple[int, int]:
-    "How many inputs were taken and refused. Raises what a reader raised, with the input's number."
+def run(name: str, n: int, seed: int, at=None) -> tuple[int, int]:
+    "How many inputs were taken and refused. Raises what a reader raised, with the input's number; `at` gets the number before."
     target, taken = TARGETS[name], 0
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         path = Path(folder) / "input"
         for k in range(n):
             data = target.input(random.Random(f"{seed} {name} {k}"))
-            signal.alarm(SECONDS)
+            if at:
+                at.value = k
+            signal.alarm(SECONDS)  # ends the process: a loop inside a library would not let Python raise anything
             try:
                 target.check(data, path)
                 taken += 1
@@ -313,16 +315,12 @@ def run(name: str, n: int, seed: int) -> tuple[int, int]:
     return taken, n - taken
 
 
-def work(name: str, n: int, seed: int, queue) -> None:
-    "A process of its own for each target: what it allocates is limited, and a crash is seen."
-    def too_slow(*_):
-        raise TimeoutError(f"more than {SECONDS} s")
-
-    signal.signal(signal.SIGALRM, too_slow)
+def work(name: str, n: int, seed: int, queue, at) -> None:
+    "A process of its own for each target: what it allocates is limited, and a crash or a hang (the alarm ends it) is seen."
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries say about each input
     try:
-        queue.put((name, run(name, n, seed), None))
+        queue.put((name, run(name, n, seed, at), None))
     except BaseException:
         queue.put((name, (0, 0), traceback.format_exc()))
 
@@ -338,11 +336,14 @@ def main() -> int:
     queue = context.Queue()
     for name in [args.only] if args.only else TARGETS:
         n, began = round(args.inputs * (1 if args.only else TARGETS[name].share)), time.time()
-        process = context.Process(target=work, args=(name, n, args.seed, queue))
+        at = context.Value("q")
+        process = context.Process(target=work, args=(name, n, args.seed, queue, at))
         process.start()
         process.join()
         if process.exitcode:
-            print(f"{name}: the process died ({process.exitcode})", flush=True)
+            Path(keep := f"fuzz-{at.value}").write_bytes(TARGETS[name].input(random.Random(f"{args.seed} {name} {at.value}")))
+            what = f"took more than {SECONDS} s" if process.exitcode == -signal.SIGALRM else f"ended the process ({process.exitcode})"
+            print(f"{name}, seed {args.seed}, input {at.value} (kept as {keep}): {what}", flush=True)
             faults += 1
             continue
         _, (taken, refused), fault = queue.get()

@@ -14,10 +14,10 @@ import cv2
 import numpy as np
 import torch
 
-from saltlib.data import PredictionStore, check_data, encode_masks, load_tiles, make_folds, read_by_id, write_rle_csv
-from saltlib.ensemble import Ensemble, Group, average_round
+from saltlib.data import PredictionStore, check_data, encode_masks, load_tiles, make_folds, read_by_id, read_folds, unique_pixels, write_folds, write_rle_csv
+from saltlib.ensemble import Ensemble, Group, average_round, score_out_of_fold
 from saltlib.inference import predict_to_store
-from saltlib.mosaic import assemble, find_neighbors
+from saltlib.mosaic import assemble, find_neighbors, mosaic_groups
 from saltlib.synthetic import cut_tiles, make_section
 
 LIMIT = 4096  # MB
@@ -67,32 +67,35 @@ def check(root: Path) -> None:
     assert check_data(root) == []
 
 
-def folds(root: Path) -> None:
-    train, test = load_tiles(root, "train"), load_tiles(root, "test")
-    dealt = make_folds(np.concatenate([train.ids, test.ids]), np.concatenate([train.depths, test.depths]), 5)
-    assert len(dealt) == len(train) + len(test) and np.ptp(np.bincount(dealt)) <= 1
-
-
 def mosaic(root: Path) -> None:
-    images = np.concatenate([load_tiles(root, split).images for split in ("train", "test")])
-    grids = assemble(find_neighbors(images), len(images))
+    "With the folds, as a run's first notebook."
+    train = load_tiles(root, "train")
+    tiles = load_tiles(root, "test", after=train)
+    grids = assemble(find_neighbors(tiles.images), len(tiles))
     print(f"({len(grids)} mosaics of {sum(int((grid >= 0).sum()) for grid in grids)} tiles)", end=" ")
+    for groups in (None, mosaic_groups(grids, len(tiles))):
+        folds = make_folds(tiles.ids, tiles.depths, 5, groups)
+        assert len(folds) == len(tiles) and np.ptp(np.bincount(folds)) <= (1 if groups is None else max(grid.size for grid in grids))
+    write_folds(root / "folds.csv", train.ids, folds[: len(train)], unique_pixels(train.images))
 
 
 def predictions(root: Path) -> None:
-    test = load_tiles(root, "test")
+    "Of two networks: the tiles of fold 0 and all test tiles."
+    train = load_tiles(root, "train")
+    tiles = load_tiles(root, "test", after=train[read_folds(root / "folds.csv", train.ids) == 0])
     for k in range(2):
         torch.manual_seed(k)
-        store = PredictionStore.create(root / f"{k}.zarr", test.ids)
-        for _ in predict_to_store([Tiny()], test.images, "compact", store, device="cpu"):
+        store = PredictionStore.create(root / f"{k}.zarr", tiles.ids)
+        for _ in predict_to_store([Tiny()], tiles.images, "compact", store, device="cpu"):
             pass
         assert store.complete
 
 
 def ensemble(root: Path) -> None:
-    test = load_tiles(root, "test")
-    members = {0: [(PredictionStore(root / f"{k}.zarr"), k + 1) for k in range(2)]}
-    tables = average_round(Ensemble([Group(members)], test.ids), test.images, PredictionStore.create(root / "mean.zarr", test.ids), clean=False)
+    train, test = load_tiles(root, "train"), load_tiles(root, "test")
+    whole = Ensemble([Group({0: [(PredictionStore(root / f"{k}.zarr"), k + 1) for k in range(2)]})], test.ids)
+    score_out_of_fold(whole, train, read_folds(root / "folds.csv", train.ids))
+    tables = average_round(whole, test.images, PredictionStore.create(root / "mean.zarr", test.ids), clean=True)
     write_rle_csv(root / "submission.csv", tables[None]["id"], tables[None]["rle_mask"])
 
 
@@ -103,7 +106,7 @@ def submission(root: Path) -> None:
     assert set(PredictionStore(root / "mean.zarr").ids) == set(asked[0])
 
 
-STEPS = [write_data, check, folds, mosaic, predictions, ensemble, submission]
+STEPS = [write_data, check, mosaic, predictions, ensemble, submission]
 
 
 def main() -> int:

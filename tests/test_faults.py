@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -21,7 +22,7 @@ import yaml
 import zarr
 from conftest import ROOT
 from test_clusters import SINGLE
-from test_runs import SALT
+from test_runs import SALT, workers
 
 from saltlib.cli import hold, outdated_steps
 from saltlib.core import RunRecord, SaltError, checksum, read_record, write_atomic
@@ -265,3 +266,19 @@ def test_a_second_run_waits_and_names_the_first_and_a_killed_one_holds_nothing(t
         first.kill()
         second.kill()
         first.communicate()
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_the_end_of_a_run_is_the_end_of_all_its_processes(tmp_path, quiet):
+    "SIGTERM to its first process alone, as systemd or a scheduler may send it."
+    command = [sys.executable, "-c", "import subprocess; subprocess.run(['sleep', '600'])"]
+    run = subprocess.Popen([sys.executable, "-c", f"from saltlib.cli import *; watch({command}, [], Progress('run', {{}}, {{}}, bool), {quiet}, False)"], cwd=tmp_path, start_new_session=True)
+    try:
+        deadline = time.time() + 60
+        while len(workers(tmp_path)) < 3 and time.time() < deadline:
+            time.sleep(0.1)
+        run.terminate()
+        run.wait(60)
+        assert workers(tmp_path) == []
+    finally:
+        os.killpg(run.pid, signal.SIGKILL) if workers(tmp_path) else None
