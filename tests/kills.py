@@ -21,10 +21,13 @@ import nbformat
 from test_clusters import SINGLE
 from test_runs import SALT, make_project, workers
 
-from saltlib.core import read_record
+from saltlib.cli import status_rows
+from saltlib.core import SaltError, read_record
 from saltlib.recipes import read_recipe, recipe_steps, step_folder
 
 RECIPES = {name: SINGLE.replace("name: single", f"name: {name}\ndevice: cpu\nseed: {seed}").replace("epochs: 3", "epochs: 2") for seed, name in enumerate(("first", "second"))}
+
+KINDS, SIGNALS = ["prepare", "train", "predict", "ensemble", "report"], ["SIGKILL", "SIGTERM", "SIGINT"]
 
 
 def start(project: Path, name: str) -> subprocess.Popen:
@@ -39,20 +42,22 @@ def children(pid: int) -> list[int]:
 
 
 def at_work(project: Path, name: str) -> str:
-    "What a run was doing last, by its log."
-    lines = [line for line in (project / f"{name}.log").read_text().splitlines() if " | " in line]
-    return lines[-1].split()[0] if lines else "beginning"
+    "The kind of step that a run is doing now, '' if none."
+    try:
+        rows = status_rows(read_recipe(project / f"outputs/{name}/recipe.yaml"), project / "outputs")
+    except SaltError:  # it has just begun
+        return ""
+    return next((row[0].split()[0] for row in rows if row[1] == "running"), "")
 
 
-def kill(run: subprocess.Popen, rng: random.Random) -> str:
-    "Ctrl-C goes to all processes of a terminal; the other signals to all of them, or to one."
-    name = rng.choice(["SIGKILL", "SIGTERM", "SIGINT"])
+def kill(run: subprocess.Popen, name: str, rng: random.Random) -> str:
+    "Ctrl-C goes to all processes of a terminal; the other signals to all of them, to the first, or to any."
     try:
         victims = [run.pid, *children(run.pid)]
-        if name == "SIGINT" or rng.random() < 0.5:
+        if name == "SIGINT" or (whom := rng.choice(["all", "first", "any"])) == "all":
             os.killpg(run.pid, getattr(signal, name))
             return f"{name} to all"
-        victim = rng.choice(victims)
+        victim = run.pid if whom == "first" else rng.choice(victims)
         os.kill(victim, getattr(signal, name))
         return f"{name} to process {victims.index(victim) + 1} of {len(victims)}"
     except (ProcessLookupError, FileNotFoundError):  # it ended just now
@@ -67,17 +72,15 @@ def leftovers(project: Path, seconds: float) -> list[int]:
     return left
 
 
-def check(project: Path, expected: dict[str, bytes]) -> None:
-    "The end of a project: everything is whole, and as it would have been."
-    for name in RECIPES:
-        recipe, outputs = read_recipe(project / f"outputs/{name}/recipe.yaml"), project / "outputs"
-        for step in recipe_steps(recipe):
-            folder = step_folder(recipe, step, outputs)
-            assert read_record(folder, verify=True), f"{folder} has no record"
-            nbformat.read(folder / f"{step.kind}.ipynb", 4)
-        assert (outputs / name / "submission.csv").read_bytes() == expected[name], f"{project}: the submission of {name} is another one"
-        assert "</html>" in (outputs / name / "report/report.html").read_text()
-    assert not leftovers(project, 60), f"{project}: processes are left: {workers(project)}"
+def check_run(project: Path, name: str, expected: dict[str, bytes]) -> None:
+    "The end of a run: everything is whole, and as it would have been."
+    recipe, outputs = read_recipe(project / f"outputs/{name}/recipe.yaml"), project / "outputs"
+    for step in recipe_steps(recipe):
+        folder = step_folder(recipe, step, outputs)
+        assert read_record(folder, verify=True), f"{folder} has no record"
+        nbformat.read(folder / f"{step.kind}.ipynb", 4)
+    assert (outputs / name / "submission.csv").read_bytes() == expected[name], f"{project}: the submission of {name} is another one"
+    assert "</html>" in (outputs / name / "report/report.html").read_text()
 
 
 def main() -> None:
@@ -85,50 +88,63 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--projects", type=int, default=4, help="two runs each")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    parser.add_argument("--minutes", type=float, default=60, help="no further kill after this time")
     args = parser.parse_args()
-    rng, began, kills, kinds, places = random.Random(args.seed), time.time(), 0, Counter(), Counter()
-    restarts = 0
+    rng, began, table, restarts = random.Random(args.seed), time.time(), Counter(), 0
     print(f"seed {args.seed}: {args.kills} kills over {2 * args.projects} runs", flush=True)
     base = Path(tempfile.mkdtemp(prefix="saltlib-kills-"))
     whole = make_project(base / "whole", n_sections=1, height_tiles=3, width_tiles=8)
-    expected, longest = {}, 0
+    expected = {}
     for name, text in RECIPES.items():
         (whole / f"{name}.yaml").write_text(text)
-        now = time.time()
         assert start(whole, name).wait() == 0, (whole / f"{name}.log").read_text()
-        longest = max(longest, time.time() - now)
         expected[name] = (whole / f"outputs/{name}/submission.csv").read_bytes()
-    print(f"an undisturbed run takes {longest:.0f} s", flush=True)
+    print(f"an undisturbed run takes {(time.time() - began) / len(RECIPES):.0f} s", flush=True)
     assert expected["first"] != expected["second"]
-    check(whole, expected)
+    for name in RECIPES:
+        check_run(whole, name, expected)
+    seconds = {}  # of each kind of step, as far as its record counts them
+    for step in recipe_steps(recipe := read_recipe(whole / "outputs/first/recipe.yaml")):
+        seconds[step.kind] = read_record(step_folder(recipe, step, whole / "outputs"))["seconds"]
     for number in range(args.projects):
         project = base / f"project{number}"
         shutil.copytree(whole, project, symlinks=True, ignore=shutil.ignore_patterns("outputs", "*.log"))
-        wanted = (number + 1) * args.kills // args.projects
-        runs = {name: start(project, name) for name in RECIPES}
-        while any(run.poll() != 0 for run in runs.values()):
-            time.sleep(rng.uniform(0, longest / 4))
+        runs, wanted, due = {name: start(project, name) for name in RECIPES}, {}, {}
+        for k, name in enumerate(RECIPES, 2 * number):  # every kind of step with another signal in each run, and some a second time
+            more = (k + 1) * args.kills // (2 * args.projects) - k * args.kills // (2 * args.projects) - len(KINDS)
+            kinds = sorted(KINDS + rng.sample(KINDS, more) if more > 0 else KINDS[: len(KINDS) + more], key=KINDS.index)
+            wanted[name] = [(kind, SIGNALS[(k + n) % 3]) for n, kind in enumerate(kinds)]
+        while any(run.poll() != 0 for run in runs.values()) or any(wanted.values()):
+            time.sleep(0.1)
             for name, run in runs.items():
-                if run.poll() is not None and run.returncode != 0:  # killed, or failed as a step of it was killed
+                if run.poll() is not None and (run.returncode or wanted[name]):
+                    if run.returncode == 0:  # past a step that was to be killed: from the beginning
+                        check_run(project, name, expected)
+                        shutil.rmtree(project / "outputs" / name)
                     restarts += 1
-                    assert restarts < 20 + 3 * kills, (project / f"{name}.log").read_text()
+                    assert restarts < 20 + 3 * args.kills, (project / f"{name}.log").read_text()
                     runs[name] = start(project, name)
-            alive = [name for name in RECIPES if runs[name].poll() is None]
-            if alive and kills < wanted and time.time() - began < 60 * args.minutes:
-                name = rng.choice(alive)
-                place = at_work(project, name)
-                if said := kill(runs[name], rng):
-                    kills, places[place], kinds[said.split()[0]] = kills + 1, places[place] + 1, kinds[said.split()[0]] + 1
-                    print(f"kill {kills}: {name} in project {number}, after {place}: {said}", flush=True)
-            if kills < wanted and not alive and all(run.poll() == 0 for run in runs.values()):  # done too early: once more
-                check(project, expected)
-                shutil.rmtree(project / "outputs")
-                runs = {name: start(project, name) for name in RECIPES}
-        check(project, expected)
+                elif wanted[name] and at_work(project, name) == wanted[name][0][0]:
+                    due.setdefault(name, time.time() + rng.uniform(0, 2 + seconds[wanted[name][0][0]]))  # 2: a kernel starts
+                    if time.time() < due[name]:
+                        continue
+                    kind, signal_name = wanted[name][0]
+                    if said := kill(run, signal_name, rng):
+                        wanted[name].pop(0)
+                        table[kind, signal_name] += 1
+                        print(f"kill {table.total()}: {name} in project {number}, in {kind}: {said}", flush=True)
+                        time.sleep(rng.uniform(0, 3))  # long enough for it to end, or not
+                        del due[name]
+                elif name in due:
+                    del due[name]
+        for name in RECIPES:
+            check_run(project, name, expected)
+        assert not leftovers(project, 60), f"{project}: processes are left: {workers(project)}"
         print(f"project {number}: both submissions as undisturbed, everything whole, no process left ({(time.time() - began) / 60:.0f} min)", flush=True)
     shutil.rmtree(base)
-    print(f"{kills} kills ({dict(kinds)}; after {dict(places)}) over {2 * args.projects} runs: the same submissions every time (seed {args.seed})")
+    print("in".ljust(10), *SIGNALS)
+    for kind in KINDS:
+        print(kind.ljust(10), *(str(table[kind, name]).rjust(len(name)) for name in SIGNALS))
+    print(f"{table.total()} kills over {2 * args.projects} runs: the same submissions every time (seed {args.seed})")
 
 
 if __name__ == "__main__":

@@ -159,6 +159,7 @@ def unlink(name):
 
 DAMAGE = {
     "truncated": (damage_png("train/images/aa.png", lambda d: d[:-30]), ["train/images/aa.png is truncated"]),
+    "a wrong checksum": (damage_png("train/images/aa.png", lambda d: d[:29] + bytes([d[29] ^ 1]) + d[30:]), ["train/images/aa.png is damaged (a checksum is wrong)"]),
     "truncated in the header": (damage_png("train/images/aa.png", lambda d: d[:20]), ["train/images/aa.png is truncated"]),
     "empty file": (write("train/masks/aa.png", b""), ["train/masks/aa.png is not a PNG"]),
     "a JPEG": (write("test/images/t0.png", cv2.imencode(".jpg", image_of("t0"))[1].tobytes()), ["test/images/t0.png is not a PNG"]),

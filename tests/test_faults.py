@@ -24,7 +24,7 @@ from conftest import ROOT
 from test_clusters import SINGLE
 from test_runs import SALT, workers
 
-from saltlib.cli import hold, outdated_steps
+from saltlib.cli import execute_notebook, hold, outdated_steps
 from saltlib.core import RunRecord, SaltError, checksum, read_record, write_atomic
 from saltlib.data import PredictionStore
 from saltlib.models import load_weights, save_weights
@@ -213,6 +213,17 @@ def test_numbers_that_are_none(key, value):
     plain["rounds"]["round1"]["phases"]["compact"][key] = float(value) if value in ("inf", "nan") else value
     with pytest.raises(SaltError, match=f"rounds.round1.phases.compact.{key}"):
         parse_recipe(plain, "r.yaml")
+
+
+def test_notebooks_get_their_parameters_as_values(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evil = """'\"\"\"'); import os; os.mkdir("harm") #\n os.mkdir('harm')\r\\" + \\\\ {a} {{b}} %s $(mkdir harm) `mkdir harm` \0 \u2028 é"""
+    new, values = nbformat.v4, {"text": evil, "texts": [evil, {evil: evil}], "nothing": None}
+    cells = [new.new_code_cell("text = ''\ntexts = []\nnothing = 0", metadata={"tags": ["parameters"]}), new.new_code_cell("import json; print(json.dumps([text, texts, nothing]))")]
+    nbformat.write(new.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}), "in.ipynb")
+    execute_notebook("in.ipynb", "out.ipynb", values, "test")
+    assert json.loads(nbformat.read("out.ipynb", 4).cells[-1].outputs[0].text) == list(values.values())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.ipynb", "out.ipynb"]
 
 
 def test_the_report_shows_names_and_does_not_run_them():
