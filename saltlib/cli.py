@@ -163,6 +163,7 @@ def run_step(
             os.environ["CUDA_VISIBLE_DEVICES"], lock = hold_gpu(gpus, Path(tempfile.gettempdir()))
             locks.enter_context(lock)
         if read_record(folder) is None:
+            print(f"{step} | started", flush=True)
             execute_notebook(os.path.relpath(runs_folder() / f"{kind}.ipynb"), folder / f"{kind}.ipynb", {"recipe_file": recipe_file, **place}, str(step))
         if read_record(folder) is None:
             raise SaltError(f"{folder / kind}.ipynb ended without a record: its last cell must call step.finish.")
@@ -207,6 +208,7 @@ class Progress:
 
     def table(self):  # for rich
         "The steps at work."
+        from rich.markup import escape
         from rich.table import Table
 
         def clock(seconds: float) -> str:
@@ -218,7 +220,7 @@ class Progress:
         for step, text in list(self.last.items()):
             if not self.is_done(step):
                 found = {name: m[1] for name, m in (("mAP", re.search(r"mAP ([\d.]+)", text)), ("speed", re.search(r"(\d+) tiles/s", text))) if m}
-                table.add_row(step, f"{self.share(step):.0%}", found.get("mAP", ""), found.get("speed", ""), text.replace("[", "\\["))
+                table.add_row(step, f"{self.share(step):.0%}", found.get("mAP", ""), found.get("speed", ""), escape(text))
         return table
 
 
@@ -425,6 +427,13 @@ def run_recipe(
     if status:
         failed = [row for row in status_rows(recipe, outputs) if row[1] == "failed"]
         raise SaltError("\n".join([f"{recipe.name} is not complete; mend this and give the same command again, finished steps are kept:", *(f"  {row[0]}: {row[2]}" for row in failed)]))
+    if not quiet:
+        rows = status_rows(recipe, outputs)
+        print(f"{recipe.name}: all {len(rows)} steps are done")
+        print(*(f"{step}: {figures}" for step, _, figures in rows if step.startswith("ensemble")), sep="\n")
+        print(f"executed notebooks: {folder}/*/*/*/*/*.ipynb and {folder}/*/*/*.ipynb")
+        print(f"report:             {folder}/report/report.ipynb and {folder}/report/report.html")
+        print(f"submission:         {folder}/submission.csv")
 
 # %% ../nbs/16_cli.ipynb #4dd69a26
 def notebook_error(
@@ -472,6 +481,7 @@ def show_status(
 ) -> bool:  # True if all steps are done
     "Print a table of the steps of a run, with the settings that it was last begun with."
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     os.chdir(project_root())
@@ -482,7 +492,7 @@ def show_status(
     colours = {"done": "green", "running": "blue", "failed": "red", "missing": "yellow"}
     table = Table("step", "status", "result or error", title=f"{recipe.name}: {sum(r[1] == 'done' for r in rows)} of {len(rows)} steps done")
     for step, state, text in rows:
-        table.add_row(step, f"[{colours[state]}]{state}[/]", text.replace("[", "\\["))
+        table.add_row(step, f"[{colours[state]}]{state}[/]", escape(text))
     # Not on a terminal, lines are not broken: they can be searched.
     Console(width=None if sys.stdout.isatty() else 200, soft_wrap=not sys.stdout.isatty()).print(table)
     return all(row[1] == "done" for row in rows)
@@ -638,11 +648,6 @@ def run_demo() -> None:
     recipe = load_recipe("demo", None, [])
     demo_data(recipe.data)
     run_recipe(recipe)
-    folder = recipe_folder(recipe, "outputs")
-    show_status(recipe.name)
-    print(f"executed notebooks: {folder}/*/*/*/*/*.ipynb and {folder}/*/*/*.ipynb")
-    print(f"report:             {folder}/report/report.ipynb and {folder}/report/report.html")
-    print(f"submission:         {folder}/submission.csv")
 
 # %% ../nbs/16_cli.ipynb #46e2fe54
 def make_parser() -> argparse.ArgumentParser:

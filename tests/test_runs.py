@@ -134,7 +134,11 @@ def test_history_has_a_line_an_epoch_and_progress_is_shown(finished):
     history = pd.read_csv(project / "outputs/demo/round1/compact/fold0/train/history.csv")
     assert history["epoch"].tolist() == [0] and history["mAP"].between(0, 1).all()
     assert out.count("| epoch ") == 2 + 2 * 2  # one epoch and two, on two folds
-    assert "train round2 compact fold 1 | epoch   0" in out
+    assert "train round2 compact fold 1 | epoch   0" in out and "prepare | started" in out
+    end = out[out.index("demo: all 12 steps are done") :]
+    assert "ensemble round2: " in end and "mAP" in end
+    for path in re.findall(r"outputs/\S+", end):
+        assert list(project.glob(path)), path
 
 
 def test_executed_train_notebook_tells_the_whole_training(finished):
