@@ -9,6 +9,7 @@ __all__ = ['PACKAGED', 'PACKAGES', 'SaltError', 'project_root', 'runs_folder', '
 
 # %% ../nbs/00_core.ipynb #c9c673a4
 import contextlib, hashlib, importlib.metadata, importlib.resources, json, os, platform, random, resource, shutil, subprocess, sys, time, zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -43,7 +44,7 @@ def runs_folder() -> Path:  # with the run notebooks, recipes/, profiles/ and th
 # %% ../nbs/00_core.ipynb #2e55c083
 def write_atomic(
     path: str | Path,  # final place; its folder is made if missing
-    data: str | bytes,  # the whole content
+    data: str | bytes | Iterable[str],  # the whole content, at once or line by line
 ) -> Path:
     "Write `data` so that `path` is either as before or complete, also after a crash or on a full disk."
     path = Path(path)
@@ -51,7 +52,8 @@ def write_atomic(
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(scratch, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            for part in [data] if isinstance(data, str | bytes) else data:
+                file.write(part.encode() if isinstance(part, str) else part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)

@@ -11,7 +11,7 @@ __all__ = ['ID', 'SIZE', 'LARGEST_FILE', 'CHUNK', 'refuse', 'find_rows', 'shown'
            'PredictionStore']
 
 # %% ../nbs/01_data.ipynb #db61189d
-import contextlib, csv, os, re, shutil, struct, zipfile, zlib
+import contextlib, csv, itertools, os, re, shutil, struct, zipfile, zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -404,8 +404,8 @@ def write_rle_csv(
     codes: list[str],  # [N] run-length codes, as from `encode_masks`
 ) -> Path:
     "Write the table id,rle_mask."
-    rows = "".join(f"{id},{code}\n" for id, code in zip(ids, codes, strict=True))
-    return write_atomic(path, "id,rle_mask\n" + rows)
+    rows = (f"{id},{code}\n" for id, code in zip(ids, codes, strict=True))
+    return write_atomic(path, itertools.chain(["id,rle_mask\n"], rows))
 
 
 def read_rle_csv(
