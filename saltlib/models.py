@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MODELS', 'TILE', 'SCSE', 'conv_bn_elu', 'upsample', 'hypercolumn', 'PyramidAttention', 'MergeBlock', 'LastBlock',
            'BesBlock', 'check_size', 'imagenet_weights', 'torchvision_encoder', 'Trunk', 'OneOutput', 'ThreeOutputs',
-           'phalanx_v4', 'phalanx_v3', 'phalanx_v5', 'BesResNeXt50', 'load_lite0', 'check_compact', 'compact',
-           'raw_grey', 'centred_grey', 'grey_and_depth', 'Network', 'find_network', 'create_model', 'resize',
-           'resize_and_pad', 'prepare', 'prepare_masks', 'restore', 'save_weights', 'load_weights']
+           'phalanx_v4', 'phalanx_v3', 'phalanx_v5', 'BesResNeXt50', 'load_lite0', 'LearnInFloat32',
+           'learn_depthwise_in_float32', 'check_compact', 'compact', 'raw_grey', 'centred_grey', 'grey_and_depth',
+           'Network', 'find_network', 'create_model', 'resize', 'resize_and_pad', 'prepare', 'prepare_masks', 'restore',
+           'save_weights', 'load_weights']
 
 # %% ../nbs/07_models.ipynb #d9f28d2b
 import os
@@ -326,6 +327,26 @@ def load_lite0(
     encoder.load_state_dict(dict(zip(ours, theirs.values())))
 
 
+class LearnInFloat32:
+    "A depthwise convolution that, on a CPU, learns in float32 whatever autocast says."
+
+    def forward(self, x):
+        if self.training and x.device.type == "cpu":
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.float())
+        return super().forward(x)
+
+
+def learn_depthwise_in_float32(
+    network: nn.Module,  # changed in place; names and values of its weights stay
+) -> None:
+    "Give every depthwise convolution of a network `LearnInFloat32`: half of compact's training time on a CPU is saved."
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1:
+            kind = type(layer)  # timm has kinds of its own, with the padding of TensorFlow
+            layer.__class__ = type(kind.__name__, (LearnInFloat32, kind), {})
+
+
 def check_compact(model, inputs): check_size(inputs[0], 32)
 
 
@@ -335,6 +356,7 @@ def compact(pretrained: bool) -> nn.Module:
 
     net = smp.Unet("tu-tf_efficientnet_lite0", encoder_weights=None, classes=1, decoder_channels=(96, 64, 32, 16, 8))
     net.register_forward_pre_hook(check_compact)
+    learn_depthwise_in_float32(net)
     if pretrained:
         load_lite0(net.encoder)
     return net
