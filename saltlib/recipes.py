@@ -81,7 +81,7 @@ Snapshots = Annotated[tuple[int, ...], Field(min_length=1)]
 
 class Phase(Strict):
     "One training of one network, done for every fold in use."
-    model: Literal["bes_resnext50", "phalanx_v4", "phalanx_v3", "phalanx_v5", "compact"]  # a network of saltlib.models
+    model: Literal["bes_resnext50", "phalanx_v4", "phalanx_v3", "phalanx_v5", "compact", "lite2_at_96", "lite2_at_128"]  # a network of saltlib.models
     start: str = "imagenet"  # 'imagenet', 'scratch', or 'round/phase': what that phase's `weights` names, of the same fold
     data: Literal["train", "train+pseudo", "pseudo"] = "train"  # 'pseudo' are the pseudo-labels of the round before
     pseudo_labels: PseudoLabels = PseudoLabels()  # which of them
@@ -188,7 +188,7 @@ class Recipe(Strict):
                 where, start = f"{round_name}/{phase_name}", known.get(phase.start)
                 if phase.start not in ("imagenet", "scratch", *known):
                     raise ValueError(f"{where} starts from {phase.start!r}: choose 'imagenet', 'scratch' or an earlier phase {list(known)}")
-                if start and start.model != phase.model:
+                if start and start.model.split("_at_")[0] != phase.model.split("_at_")[0]:
                     raise ValueError(f"{where} is a {phase.model} and can't start from {phase.start}, which is a {start.model}")
                 if start and (not isinstance(start.weights, str) or start.fold_snapshots):
                     raise ValueError(f"{where} starts from {phase.start}, which keeps several snapshots: set its weights to last or best")

