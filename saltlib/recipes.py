@@ -97,7 +97,7 @@ class Phase(Strict):
     dropout: float | None = Field(None, ge=0, lt=1)  # before the head, while training; None: the network's own
     batch_norm_momentum: float | None = Field(None, gt=0, le=1)  # weight of a new batch, as torch counts it; None: the network's own
     loss: Literal["bce_dice", "lovasz_elu", "lovasz_relu", "three_output"]
-    augment: Literal["none", "light", "bes", "phalanx"] = "light"
+    augment: Literal["none", "light", "wide", "bes", "phalanx"] = "light"
     weights: Literal["last", "best"] | Snapshots = "last"  # what predictions and later phases use; several snapshots: their mean
     fold_snapshots: dict[int, Snapshots] = {}  # folds that use other snapshots
 

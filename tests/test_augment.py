@@ -54,7 +54,7 @@ def test_images_stay_uint8_and_masks_binary(tiles, name):
     assert np.array_equal(tiles[1], data.masks)  # the stored tiles are never touched
 
 
-@pytest.mark.parametrize("name", ["light", "bes", "phalanx"])
+@pytest.mark.parametrize("name", ["light", "wide", "bes", "phalanx"])
 def test_image_and_mask_move_together(tiles, name):
     "An image painted like its mask still looks like it, whatever the geometry: they differ by half of the contrast at most."
     for transform in parts(name, (A.Affine, A.CropAndPad, A.HorizontalFlip)):
