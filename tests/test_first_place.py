@@ -69,12 +69,11 @@ def check_run(project: Path, name: str) -> None:
         assert labels["confidence"].between(0, 1).all()
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    return make_project(tmp_path_factory.mktemp("first_place") / "project", n_sections=1, height_tiles=2, width_tiles=4, train_share=0.5, black_share=0)
+FEW = dict(n_sections=1, height_tiles=2, train_share=0.5, black_share=0)  # half of the tiles with masks
 
 
-def test_three_rounds_with_one_phase_of_each_kind(project):
+def test_three_rounds_with_one_phase_of_each_kind(tmp_path):
+    project = make_project(tmp_path / "project", width_tiles=3, **FEW)
     path = shortened(project, "kinds", clean_pseudo_labels=False, folds={"n": 2, "use": [1]})
     one_of_each_kind(path)
     plan = salt(project, "run", path, "--dry-run").stdout
@@ -100,7 +99,8 @@ def test_three_rounds_with_one_phase_of_each_kind(project):
 
 
 @pytest.mark.full
-def test_every_phase_on_two_folds(project):
+def test_every_phase_on_two_folds(tmp_path):
+    project = make_project(tmp_path / "project", width_tiles=4, **FEW)
     path = shortened(project, "whole")
     salt(project, "run", path)
     check_run(project, "whole")

@@ -9,7 +9,7 @@ from collections import defaultdict
 import pytest
 import yaml
 from conftest import ROOT
-from test_first_place import check_run, one_of_each_kind, shortened
+from test_first_place import FEW, check_run, one_of_each_kind, shortened
 from test_runs import SALT, make_project
 
 # What a cluster of this machine alone needs beside the shipped profile: it keeps no accounts, it answers at once, and it has few cores.
@@ -33,7 +33,7 @@ def jobs() -> dict[str, list[tuple[str, str]]]:
 
 @pytest.mark.slurm
 def test_three_rounds_with_a_killed_job(tmp_path):
-    project = make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=4, train_share=0.5, black_share=0)
+    project = make_project(tmp_path / "project", width_tiles=4, **FEW)
     path = shortened(project, "short", device="auto", clean_pseudo_labels=False, folds={"n": 2, "use": [1]})
     one_of_each_kind(path)
     shipped = yaml.safe_load((ROOT / "nbs/runs/profiles/slurm/config.yaml").read_text())
