@@ -270,7 +270,7 @@ def run_bench(
     else:
         for name, n_plain in NETWORKS.items():
             n_plain = 1 if quick else n_plain * (32 if on_gpu else 1)
-            rows.append(bench_prediction(name, seismic_tiles(n_plain * (2 if quick else 4)).images, n_plain, device, roof))
+            rows.append(bench_prediction(name, seismic_tiles(n_plain * (1 if quick else 4)).images, n_plain, device, roof))
         for name in NETWORKS if on_gpu else ["compact"]:
             rows.append(bench_training(name, seismic_tiles(16 if quick else 1024 if on_gpu else 256), 8, device, roof))
         rows += bench_around(seismic_tiles(64 if quick else 4000), members=2 if quick else 10)

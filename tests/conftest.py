@@ -26,17 +26,28 @@ def git(folder: Path, *args: str) -> str:
     return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
-@pytest.fixture
-def clone(tmp_path):
-    "A repository with the files of the working tree as its only commit: tests may change it, and ask git what changed."
+def make_clone(folder: Path) -> Path:
+    "A repository with the files of the working tree as its only commit."
     for name in git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0"):
         if (source := ROOT / name).is_file():
-            target = tmp_path / "clone" / name
+            target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
-    git(tmp_path / "clone", "init", "--quiet")
-    commit(tmp_path / "clone")
-    return tmp_path / "clone"
+    git(folder, "init", "--quiet")
+    commit(folder)
+    return folder
+
+
+@pytest.fixture
+def clone(tmp_path):
+    "Tests may change it, and ask git what changed."
+    return make_clone(tmp_path / "clone")
+
+
+@pytest.fixture(scope="session")
+def common_clone(tmp_path_factory):
+    "Tests leave it as it is, and ask git whether they did."
+    return make_clone(tmp_path_factory.mktemp("common") / "clone")
 
 
 def commit(folder: Path):

@@ -51,11 +51,11 @@ def test_nbdev_tests_the_library_and_nothing_else():
 
 
 @library
-def test_nbdev_test(path, clone):
+def test_nbdev_test(path, common_clone):
     # A process each: nbdev_test would use one again for several notebooks, and what one leaves behind help the next.
-    report = nbdev("nbdev_test", "--path", f"nbs/{path.name}", "--do_print", cwd=clone)
-    assert f"- Completed {clone / 'nbs' / path.name}" in report and "Success." in report
-    assert changes(clone) == ""
+    report = nbdev("nbdev_test", "--path", f"nbs/{path.name}", "--do_print", cwd=common_clone)
+    assert f"- Completed {common_clone / 'nbs' / path.name}" in report and "Success." in report
+    assert changes(common_clone) == ""
 
 
 def test_every_module_comes_from_one_notebook():
