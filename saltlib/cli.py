@@ -252,7 +252,10 @@ def watch(
     plain = verbose or not (quiet or sys.stdout.isatty())
     view = contextlib.nullcontext() if quiet or plain else Live(get_renderable=progress.table, refresh_per_second=2, transient=True)
     piped = {} if plain else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    before = signal.signal(signal.SIGTERM, interrupt_all)
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt_all),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),  # a script's `salt run &` begins deaf to it, and so would all its processes
+    }
     try:
         with view, subprocess.Popen(command, pass_fds=files, **piped) as running:
             try:
@@ -265,7 +268,8 @@ def watch(
                 running.kill()
                 raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if running.returncode and not plain:
         print(*progress.others, sep="\n", file=sys.stderr)
     return running.returncode

@@ -279,11 +279,11 @@ def test_a_second_run_waits_and_names_the_first_and_a_killed_one_holds_nothing(t
         first.communicate()
 
 
-@pytest.mark.parametrize("quiet", [True, False])
-def test_the_end_of_a_run_is_the_end_of_all_its_processes(tmp_path, quiet):
+@pytest.mark.parametrize("quiet, first", [(True, ""), (False, ""), (False, "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); ")])  # the last as a script's `salt run &`
+def test_the_end_of_a_run_is_the_end_of_all_its_processes(tmp_path, quiet, first):
     "SIGTERM to its first process alone, as systemd or a scheduler may send it."
     command = [sys.executable, "-c", "import subprocess; subprocess.run(['sleep', '600'])"]
-    run = subprocess.Popen([sys.executable, "-c", f"from saltlib.cli import *; watch({command}, [], Progress('run', {{}}, {{}}, bool), {quiet}, False)"], cwd=tmp_path, start_new_session=True)
+    run = subprocess.Popen([sys.executable, "-c", f"{first}from saltlib.cli import *; watch({command}, [], Progress('run', {{}}, {{}}, bool), {quiet}, False)"], cwd=tmp_path, start_new_session=True)
     try:
         deadline = time.time() + 60
         while len(workers(tmp_path)) < 3 and time.time() < deadline:
