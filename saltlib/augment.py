@@ -96,7 +96,7 @@ def seed_transform(
 
 # %% ../nbs/06_augment.ipynb #888f36ac
 class EpochSampler(Sampler):
-    "Batches of keys (epoch, draw, row) for `TileDataset`; the order is a function of seed and epoch."
+    "Batches of keys (epoch, draw, row) for `TileDataset`; the order is a function of seed, epoch and `easy`."
 
     def __init__(
         self,
@@ -104,8 +104,11 @@ class EpochSampler(Sampler):
         batch_size: int,  # tiles
         seed: int,  # 0 .. 2**32 - 1
         draws: int | None = None,  # tiles drawn an epoch, with replacement; None: each tile once
+        skip_easy: float = 0.0,  # 0..1, probability that an epoch leaves out an easy tile
     ):
-        self.n, self.batch_size, self.seed, self.draws, self.epoch = n, batch_size, seed, draws, 0
+        self.n, self.batch_size, self.seed, self.draws, self.skip_easy = n, batch_size, seed, draws, skip_easy
+        self.easy = np.zeros(n, bool)  # tiles that the network has right; the training keeps it up to date
+        self.set_epoch(0)
         if not len(self):
             raise SaltError(f"{n} tiles give no batch of {batch_size}: training needs 2 tiles or more.")
 
@@ -113,17 +116,20 @@ class EpochSampler(Sampler):
         self,
         epoch: int,  # 0 .. ; the next iteration is that epoch's
     ) -> None:
-        "Choose the epoch, before iterating."
-        self.epoch = epoch
+        "Choose the epoch and its tiles, before iterating."
+        rng = np.random.default_rng(derive_seed(self.seed, "order", epoch))
+        rows = rng.integers(self.n, size=self.draws) if self.draws else rng.permutation(self.n)
+        if self.skip_easy:
+            kept = rows[~(self.easy[rows] & (rng.random(len(rows)) < self.skip_easy))]
+            rows = kept if len(kept) >= self.batch_size else rows  # never an epoch without a batch
+        self.epoch, self.rows = epoch, rows.tolist()
 
     def __len__(self) -> int:
-        full, rest = divmod(self.draws or self.n, self.batch_size)
+        full, rest = divmod(len(self.rows), self.batch_size)
         return full + (rest > 1)  # batch norm cannot learn from a single tile
 
     def __iter__(self):
-        rng = np.random.default_rng(derive_seed(self.seed, "order", self.epoch))
-        rows = (rng.integers(self.n, size=self.draws) if self.draws else rng.permutation(self.n)).tolist()
-        keys = [(self.epoch, draw, row) for draw, row in enumerate(rows)]
+        keys = [(self.epoch, draw, row) for draw, row in enumerate(self.rows)]
         for batch in range(len(self)):
             yield keys[batch * self.batch_size : (batch + 1) * self.batch_size]
 

@@ -90,6 +90,7 @@ class Phase(Strict):
     epochs: int = Field(ge=1)  # with the cosine schedule: of each cycle
     batch_size: int = Field(ge=2)  # tiles
     draws: int | None = Field(None, ge=1)  # an epoch draws so many times the tiles, with replacement; None: each tile once
+    skip_easy: float = Field(0, ge=0, lt=1)  # probability that an epoch leaves out a tile that was right when last seen
     lr: float = Field(gt=0)  # highest learning rate
     optimizer: Annotated[AdamW | RMSprop | SGD, Field(discriminator="name")] = AdamW()
     schedule: Annotated[OneCycle | Plateau | Cosine, Field(discriminator="name")] = OneCycle()
@@ -109,6 +110,8 @@ class Phase(Strict):
             raise ValueError(f"{self.model} has no dropout: leave it out")
         if self.optimizer.name == "rmsprop" and self.schedule.name == "one_cycle":
             raise ValueError("one_cycle moves the momentum, which rmsprop has none of: choose another schedule or optimizer")
+        if self.skip_easy and self.draws:
+            raise ValueError("skip_easy leaves tiles out of an epoch and draws repeats them: leave one of the two out")
         listed = {k for which in (self.weights, *self.fold_snapshots.values()) if not isinstance(which, str) for k in which}
         if listed and (self.schedule.name != "cosine" or not listed <= set(range(self.schedule.cycles))):
             raise ValueError(f"there is a snapshot for each cycle of the cosine schedule, counted from 0, and none for {sorted(listed)}: see weights and schedule")
