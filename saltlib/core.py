@@ -150,7 +150,7 @@ def autocast(
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 # %% ../nbs/00_core.ipynb #fea8d1a1
-PACKAGES = ("saltlib", "torch", "torchvision", "fastai", "segmentation-models-pytorch", "timm", "albumentations", "numpy", "pandas", "zarr")
+PACKAGES = ("saltlib", "torch", "torchvision", "fastai", "segmentation-models-pytorch", "timm", "albumentations", "openvino", "numpy", "pandas", "zarr")
 
 
 def versions() -> dict[str, str]:
