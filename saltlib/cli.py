@@ -613,7 +613,7 @@ def predict_folder(
 
     from saltlib.data import encode_masks, is_black, load_images, write_rle_csv
     from saltlib.ensemble import in_pieces, stretch
-    from saltlib.inference import load_networks, predict
+    from saltlib.inference import Predictor, load_networks
     from saltlib.published import load_published
 
     out = Path(out)
@@ -627,8 +627,9 @@ def predict_folder(
             print(f"network {k + 1} of {len(members)}: {member.path.name}, {len(ids)} tiles", flush=True)
             network = load_networks(member.model, [member.path])[0] if member.path.suffix == ".safetensors" else load_published(member.path, member.model)
             part = member.weight / sum(m.weight for m in members if m.group == member.group)
+            predictor = Predictor(network, member.model, len(ids), device=device)
             for rows in in_pieces(len(ids)):
-                means[member.group][rows] += part * predict(network, tiles[rows], member.model, device=device)
+                means[member.group][rows] += part * predictor.start(tiles[rows])()
         stretched = {m.group for m in members if m.stretch}
         ends = {group: (float(mean.min()), float(mean.max())) if group in stretched else (0.0, 1.0) for group, mean in means.items()}
         codes = []
