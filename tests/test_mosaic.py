@@ -6,7 +6,7 @@ import pytest
 
 from saltlib.cli import main
 from saltlib.core import SaltError
-from saltlib.data import load_tiles, make_folds
+from saltlib.data import is_black, load_tiles, make_folds
 from saltlib.metrics import bootstrap_interval
 from saltlib.mosaic import assemble, close_pairs, edge_disagreement, find_neighbors, mosaic_groups, unit
 from saltlib.synthetic import make_dataset
@@ -151,8 +151,8 @@ def test_the_default_rule_reaches_further_and_contradicts_nothing(tgs):
     default, published = (find_neighbors(images, method) for method in ("default", "published"))
     found = named(default, ids)
     released = set(pd.read_csv(tgs.parent / "reference" / "adjacency_half.csv", dtype=str)[PAIR].itertuples(index=False, name=None))
-    assert len(found) > 1.2 * len(published)
-    assert len(found & released) >= 0.97 * len(released)
+    assert len(found) > 1.25 * len(published)
+    assert len(found & released) >= 0.98 * len(released)
     follower = {(a, d): b for a, b, d in found}
     assert [] == [(a, b, d) for a, b, d in released if follower.get((a, d), b) != b]
     masks = load_tiles(tgs, "train").masks  # rows of the train tiles come first
@@ -165,4 +165,15 @@ def test_few_of_the_default_rules_pairs_are_wrong(tgs):
     _, images = load_all(tgs)
     halves, mirrored = mirrored_halves(images)
     found = find_neighbors(halves)
-    assert 2 * (mirrored[found["first"]] != mirrored[found["second"]]).sum() <= 0.01 * len(find_neighbors(images))
+    assert 2 * (mirrored[found["first"]] != mirrored[found["second"]]).sum() <= 0.008 * len(find_neighbors(images))
+
+
+def test_hardly_a_tile_is_left_that_could_be_placed(tgs):
+    "Not all tiles of the mosaics are stretched to 0..255; of the others nearly all are, so few of them come from such sections."
+    _, images = load_all(tgs)
+    size = np.zeros(len(images), int)
+    for grid in assemble(find_neighbors(images), len(images)):
+        size[grid[grid >= 0]] = (grid >= 0).sum()
+    light = (images.min(axis=(1, 2)) > 0) & ~is_black(images)
+    assert (size >= 6).sum() >= 4900
+    assert light[size == 0].sum() / light[size >= 6].mean() <= 80
