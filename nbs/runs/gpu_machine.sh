@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# gpu_machine.sh OUT MINUTES RECIPE [OPTIONS of salt run]: goes on with a run on a machine without network, for at most so long.
+# Call it in the project's folder, with .gpu-pack/ as `make gpu-pack` left it, as often as it takes. OUT gets all of outputs/
+# but the predictions, which any machine makes anew from the weights, in files of at most 16 MB. To go on elsewhere with
+# what they hold:  cat OUT/outputs.tar.* | tar --extract
+set -euo pipefail
+out=$1 minutes=$2 recipe=$3
+shift 3
+python=${PYTHON:-python3}
+packages=$HOME/salt
+
+[ -d "$packages" ] || "$python" -m pip install --quiet --no-index --no-deps --target "$packages" .gpu-pack/*.whl
+[ -e data/train.csv ] || cat .gpu-pack/data.tar.* | tar --extract --directory data
+export PYTHONPATH=$PWD:$packages JUPYTER_PATH=$packages/share/jupyter
+
+status=0
+timeout --signal=INT "${minutes}m" "$python" "$packages/bin/salt" run "$recipe" "$@" || status=$?
+[ "$status" != 124 ] || echo "The time is up: the next call goes on after the last finished epoch."
+
+mkdir -p "$out"
+rm -f "$out"/outputs.tar.*
+tar --create --exclude=predictions.zarr --exclude=.snakemake outputs | split --bytes 16M --numeric-suffixes --suffix-length 3 - "$out/outputs.tar."
+exit "$status"
