@@ -401,7 +401,6 @@ MODELS = {
     "compact": Network(partial(lite_unet, "lite0"), None, 96, (0, 0), "reflect", centred_grey, False),
     "lite2_at_96": Network(partial(lite_unet, "lite2"), None, 96, (0, 0), "reflect", centred_grey, False),
     "lite2_at_128": Network(partial(lite_unet, "lite2"), None, 128, (0, 0), "reflect", centred_grey, False),
-    "lite2_at_160": Network(partial(lite_unet, "lite2"), None, 160, (0, 0), "reflect", centred_grey, False),
 }
 
 
