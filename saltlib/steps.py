@@ -211,7 +211,8 @@ def describe_training(
     def words(part: dict):
         return ", ".join([part["name"], *(f"{k} {v:g}" for k, v in part.items() if k != "name")])
 
-    own = {name: settings[name] for name in ("draws", "skip_easy", "dropout", "batch_norm_momentum", "clip") if settings[name]}
+    own = {name: settings[name] for name in ("draws", "dropout", "batch_norm_momentum", "clip") if settings[name] is not None}
+    own |= {"skip_easy": settings["skip_easy"]} if settings["skip_easy"] else {}
     start = settings["start"] if isinstance(settings["start"], str) else settings["start"].relative_to(step.outputs)
     topics = {
         "step": f"{step.recipe.name}: {step.step}",
