@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT
 from filelock import FileLock
 
+from saltlib import cli
 from saltlib.core import read_record
 from saltlib.data import PredictionStore, load_tiles, read_rle_csv, rle_decode
 from saltlib.metrics import precision_at_iou
@@ -300,6 +301,16 @@ def workers(project):
     return found
 
 
+@pytest.mark.parametrize("gpus, forked", [([], True), (["0"], False)])
+def test_kernels_are_forked_only_where_no_gpu_is_used(tmp_path, monkeypatch, gpus, forked):
+    monkeypatch.chdir(make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=4))
+    seen = []
+    monkeypatch.setattr(cli, "visible_gpus", lambda: gpus)
+    monkeypatch.setattr(cli, "watch", lambda *_: seen.append("SALT_NURSERY" in os.environ))
+    cli.run_recipe(cli.load_recipe("demo", None, []), quiet=True)
+    assert seen == [forked] and "SALT_NURSERY" not in os.environ
+
+
 def test_killed_training_goes_on_to_the_same_result(finished, tmp_path):
     project = tmp_path / "project"
     shutil.copytree(finished[0], project, symlinks=True, ignore=shutil.ignore_patterns(".snakemake"))
@@ -308,8 +319,10 @@ def test_killed_training_goes_on_to_the_same_result(finished, tmp_path):
     run = subprocess.Popen([*SALT, "run", "demo", *SHORT], cwd=project, start_new_session=True, stdout=subprocess.PIPE, text=True)
     for line in run.stdout:
         if "| epoch   0" in line:
-            for pid in workers(project):  # a kernel notices only after a second that its parent is gone: time for the next epoch
-                with contextlib.suppress(ProcessLookupError):
+            at_work = workers(project)
+            assert sum("saltlib.nursery" in Path(f"/proc/{pid}/cmdline").read_text() for pid in at_work) == 2  # the nursery and the kernel forked from it
+            for pid in at_work:
+                with contextlib.suppress(ProcessLookupError):  # a kernel ends with its step
                     os.kill(pid, signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
     deadline = time.time() + 30
