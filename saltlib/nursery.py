@@ -114,10 +114,9 @@ def fork_kernel(
     folder: str | Path,  # where it works
 ) -> ForkedKernel | None:  # None: there is no nursery, or it is not for this kernel
     "A kernel from the nursery of this run."
-    python, *options, module = command[: command.index("ipykernel_launcher") + 1] if "ipykernel_launcher" in command else ["", ""]
-    if ADDRESS not in environment or python != sys.executable or options[-1:] != ["-m"]:
+    if ADDRESS not in environment or command[0] != sys.executable or "ipykernel_launcher" not in command:
         return None
-    asked = {"arguments": command[command.index(module) + 1 :], "environment": environment, "folder": str(folder)}
+    asked = {"arguments": command[command.index("ipykernel_launcher") + 1 :], "environment": environment, "folder": str(folder)}
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.settimeout(60)
     try:
