@@ -35,12 +35,13 @@ def refuse(
 
 
 def find_rows(
-    ids: np.ndarray,  # [N], each once
+    ids: np.ndarray | dict[str, int],  # [N], each once; or, to look up in them again and again, the row of each
     wanted: Iterable[str],  # [n], in any order
     place: str,  # for the message
 ) -> np.ndarray:  # [n] positions of `wanted` in `ids`
     "Row numbers by id. `SaltError` naming the ids that are not there."
-    row_of, wanted = {id: row for row, id in enumerate(np.asarray(ids).tolist())}, np.asarray(wanted).tolist()
+    row_of = ids if isinstance(ids, dict) else {id: row for row, id in enumerate(np.asarray(ids).tolist())}
+    wanted = np.asarray(wanted).tolist()
     if unknown := [id for id in wanted if id not in row_of]:
         raise SaltError(f"{place} lacks {len(unknown)} of {len(wanted)} tiles, among them {', '.join(map(shown, unknown[:5]))}: use ids of the same data.")
     return np.array([row_of[id] for id in wanted], dtype=int)
@@ -602,6 +603,7 @@ class PredictionStore:
             group = zarr.open_group(self.path, mode="r+", zarr_format=3)  # the older format may hold pickles
             self.attributes = dict(group.attrs["made_by"])  # what made the predictions
             self.ids = np.array(group.attrs["ids"], dtype=str)  # [N]
+            self._row_of = {id: row for row, id in enumerate(group.attrs["ids"])}
             self._probs, self._written = group["probs"], group["written"]
             n, size = len(self.ids), self._probs.shape[-1]
             kinds = {(array.dtype.str, array.shape, array.chunks) for array in (self._probs, self._written)}
@@ -686,7 +688,7 @@ class PredictionStore:
         ids: np.ndarray | None = None,  # [n] str, in any order; None: all
     ) -> np.ndarray:  # float32 [n,size,size], 0..1
         "Predictions by id; needs the memory of what is asked for and one chunk. `SaltError` if an id is unknown or not yet predicted."
-        rows = np.arange(len(self.ids)) if ids is None else find_rows(self.ids, ids, str(self.path))
+        rows = np.arange(len(self.ids)) if ids is None else find_rows(self._row_of, ids, str(self.path))
         if missing := np.count_nonzero(~self._flags[rows // CHUNK]):
             raise SaltError(f"{self.path} lacks the predictions of {missing} of {len(rows)} tiles: finish the step that writes it.")
         probs = np.empty((len(rows), *self._probs.shape[1:]), np.float32)
