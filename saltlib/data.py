@@ -603,7 +603,7 @@ class PredictionStore:
             group = zarr.open_group(self.path, mode="r+", zarr_format=3)  # the older format may hold pickles
             self.attributes = dict(group.attrs["made_by"])  # what made the predictions
             self.ids = np.array(group.attrs["ids"], dtype=str)  # [N]
-            self._row_of = {id: row for row, id in enumerate(group.attrs["ids"])}
+            self._row_of = {id: row for row, id in enumerate(self.ids.tolist())}
             self._probs, self._written = group["probs"], group["written"]
             n, size = len(self.ids), self._probs.shape[-1]
             kinds = {(array.dtype.str, array.shape, array.chunks) for array in (self._probs, self._written)}

@@ -34,12 +34,12 @@ def weighted_mean(
     total = sum(weight for _, weight in members)
     mean = np.zeros((len(ids), 101, 101), np.float32)
     with ThreadPoolExecutor(READERS) as readers:
-        reading = deque()
-        for k in range(-READERS, len(members)):
+        reading = deque(readers.submit(store.read, ids) for store, _ in members[:READERS])
+        for k, (_, weight) in enumerate(members):
+            probs = reading.popleft().result()
             if k + READERS < len(members):
                 reading.append(readers.submit(members[k + READERS][0].read, ids))
-            if k >= 0:
-                mean += (members[k][1] / total) * reading.popleft().result()
+            mean += (weight / total) * probs
     return mean
 
 
