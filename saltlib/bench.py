@@ -262,7 +262,7 @@ def bench_around(
         add("encode masks (RLE)", measure(lambda: encode_masks(tiles.masks)), len(tiles))
         add("score masks", measure(lambda: precision_at_iou(probs > 0.5, tiles.masks)), len(tiles))
         add("write submission", measure(lambda: write_rle_csv(folder / "submission.csv", tables[None]["id"], tables[None]["rle_mask"])), len(tiles))
-        neighbors = add("find neighbours", measure(lambda: find_neighbors(tiles.images)), len(tiles))
+        neighbors = add("find neighbours", measure(lambda: find_neighbors(tiles.images, gpu="cuda" if torch.cuda.is_available() else None)), len(tiles))
         mosaics = mosaic_table(assemble(neighbors, len(tiles)), tiles.ids)
         known = tiles[np.arange(len(tiles)) % 2 == 0]  # every second tile's mask
         add("mosaic rules", measure(lambda: straight_masks(find_sources(mosaics, dict(zip(known.ids, straight_rows(known.masks))), tuple(RULES)), known)), len(tiles))

@@ -738,7 +738,7 @@ def main(
         elif args.command == "mosaic":
             from saltlib.mosaic import write_mosaics
 
-            grids = write_mosaics(args.data, args.out)
+            grids = write_mosaics(args.data, args.out, "cuda" if visible_gpus() else None)
             print(f"{args.out}: {len(grids)} mosaics of {sum(int((grid >= 0).sum()) for grid in grids)} tiles")
         elif args.command == "predict":
             predict_folder(**predict_settings(args), device=args.device)

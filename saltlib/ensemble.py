@@ -45,7 +45,7 @@ def weighted_mean(
 
 def in_pieces(
     n: int,  # how many
-    size: int = 256,  # tiles a piece; whole chunks of the store
+    size: int = 128,  # tiles a piece; whole chunks of the store, and little enough for the caches
 ) -> Iterator[slice]:
     "Slices that cover 0..n."
     for first in range(0, n, size):

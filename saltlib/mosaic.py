@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['KEPT', 'BLOCK', 'LENGTH', 'STEP', 'LINES', 'SUMS', 'EXAMPLES', 'TEACHERS', 'RIDGE', 'WEIGHTS', 'OFFSET', 'FLOOR',
            'AGREED', 'RIVAL', 'STRANGERS', 'ALONE', 'CLOSE', 'WASH', 'FRAME', 'NOTHING', 'unit', 'ClosePairs',
-           'close_pairs', 'distance', 'nearest_rival', 'best_rivals', 'margin', 'published_sides', 'published_pairs',
-           'facing', 'standard_lines', 'learn_continuation', 'by_pieces', 'learned_sides', 'pair_similarity',
-           'learned_pairs', 'grow_grids', 'check_images', 'find_neighbors', 'assemble', 'mosaic_groups', 'mosaic_table',
-           'closest_known', 'edge_disagreement', 'draw_mosaic', 'write_mosaics']
+           'strips_by_numpy', 'strips_by_torch', 'close_pairs', 'distance', 'nearest_rival', 'best_rivals', 'margin',
+           'published_sides', 'published_pairs', 'facing', 'standard_lines', 'learn_continuation', 'by_pieces',
+           'learned_sides', 'pair_similarity', 'learned_pairs', 'grow_grids', 'check_images', 'find_neighbors',
+           'assemble', 'mosaic_groups', 'mosaic_table', 'closest_known', 'edge_disagreement', 'draw_mosaic',
+           'write_mosaics']
 
 # %% ../nbs/03_mosaic.ipynb #fa10dbd5
 import math
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +52,12 @@ KEPT = 3  # pairs of a last side; with less, a neighbour could be lost that a lo
 BLOCK = 512, 2048  # rows and columns of a block: 4 MB
 
 
-def close_pairs(
+def strips_by_numpy(
     last: np.ndarray,  # float32 [N,K], descriptors of the sides on which a tile's follower lies; unit vectors or 0
     first: np.ndarray,  # float32 [N,K], descriptors of the opposite sides
     least: float,  # smallest similarity of a pair to be kept
-) -> ClosePairs:
-    "The closest followers of each tile. A tile's similarity to itself counts as a rival: whoever goes on in itself can't be told apart. Memory grows with the number of tiles only."
+) -> Iterator[tuple[np.ndarray, ...]]:  # as `ClosePairs`, for some hundred last sides at a time
+    "The closest followers, strip by strip, on all cores."
     n = len(last)
 
     def strip(top: int):
@@ -84,12 +85,41 @@ def close_pairs(
         return i[~drop] + top, j[~drop], similarity[~drop], rest_first, rest_second
 
     with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
-        rest_second, parts = np.full(n, -1, np.float32), []
-        for *part, strip_rest in pool.map(strip, range(0, n, BLOCK[0])):
-            np.maximum(rest_second, strip_rest, out=rest_second)
-            parts.append(part)
-    i, j, similarity, rest_first = map(np.concatenate, zip(*parts))
-    return ClosePairs(i, j, similarity, rest_first, rest_second)
+        yield from pool.map(strip, range(0, n, BLOCK[0]))
+
+
+def strips_by_torch(
+    last: np.ndarray,  # as in `strips_by_numpy`
+    first: np.ndarray,
+    least: float,
+    device: str,  # 'cuda'; on a CPU NumPy's way is faster
+) -> Iterator[tuple[np.ndarray, ...]]:  # as `strips_by_numpy`
+    "The closest followers, strip by strip, on a GPU; 1 GB of products at a time."
+    import torch
+
+    last, first = (torch.from_numpy(side).to(device) for side in (last, first))
+    rows = max(2**28 // len(last), 1)
+    for top in range(0, len(last), rows):
+        block = last[top : top + rows] @ first.T
+        similarity, j = block.topk(min(KEPT, len(last)))
+        i = torch.arange(top, top + len(block), device=device)[:, None].expand_as(j)
+        kept = (similarity >= least) & (i != j)
+        block.scatter_(1, j, similarity.masked_fill(kept, -1))
+        yield tuple(part.cpu().numpy() for part in (i[kept], j[kept], similarity[kept], block.amax(1), block.amax(0)))
+
+
+def close_pairs(
+    last: np.ndarray,  # float32 [N,K], descriptors of the sides on which a tile's follower lies; unit vectors or 0
+    first: np.ndarray,  # float32 [N,K], descriptors of the opposite sides
+    least: float,  # smallest similarity of a pair to be kept
+    gpu: str | None = None,  # 'cuda', if it is to do the products
+) -> ClosePairs:
+    "The closest followers of each tile. A tile's similarity to itself counts as a rival: whoever goes on in itself can't be told apart. Memory grows with the number of tiles only."
+    rest_second, parts = np.full(len(last), -1, np.float32), []
+    for *part, strip_rest in strips_by_torch(last, first, least, gpu) if gpu else strips_by_numpy(last, first, least):
+        np.maximum(rest_second, strip_rest, out=rest_second)
+        parts.append(part)
+    return ClosePairs(*map(np.concatenate, zip(*parts)), rest_second)
 
 
 def distance(
@@ -153,10 +183,11 @@ def published_sides(
 
 def published_pairs(
     tiles: np.ndarray,  # [N,101,101]; the follower lies to the right
+    gpu: str | None = None,  # as in `close_pairs`
 ) -> tuple[pd.DataFrame, tuple[np.ndarray, np.ndarray]]:  # first, second, evidence (0.25..1); descriptors of last and first sides
     "Pairs that the published rule accepts."
     sides = published_sides(tiles)
-    pairs = close_pairs(*sides, least=0.5)  # a distance below 10
+    pairs = close_pairs(*sides, least=0.5, gpu=gpu)  # a distance below 10
     compatibility = margin(pairs.similarity, best_rivals(pairs, pairs.similarity, pairs.rest_first, pairs.rest_second))
     table = pd.DataFrame({"first": pairs.first, "second": pairs.second, "evidence": compatibility})
     return table[compatibility > 0.25], sides
@@ -245,16 +276,17 @@ def pair_similarity(
 
 def learned_pairs(
     tiles: np.ndarray,  # [N,101,101]; the follower lies to the right
+    gpu: str | None = None,  # as in `close_pairs`
 ) -> tuple[pd.DataFrame, tuple[np.ndarray, np.ndarray]]:  # first, second, evidence (above 0: neighbours, if a grid is there to hold against it); sharp descriptors
     "The closest pairs of different tiles, each with the evidence for it."
     visible = np.flatnonzero(~is_black(tiles))
     if not len(visible):
-        return published_pairs(tiles)  # none
-    published = published_pairs(tiles)[0][["first", "second"]]  # first, so that its descriptors are not in memory beside the others
+        return published_pairs(tiles, gpu)  # none
+    published = published_pairs(tiles, gpu)[0][["first", "second"]]  # first, so that its descriptors are not in memory beside the others
     if len(visible) > TEACHERS:
         visible = np.sort(np.random.default_rng(0).choice(visible, TEACHERS, replace=False))
     sides = learned_sides(tiles, learn_continuation(tiles[visible]))
-    pairs = close_pairs(*sides["sharp"], least=0.5)
+    pairs = close_pairs(*sides["sharp"], least=0.5, gpu=gpu)
     flat, line = (pair_similarity(sides[kind], pairs.first, pairs.second) for kind in ("flat", "line"))
     none = np.full(len(tiles), -1, np.float32)
     flat_rival = best_rivals(pairs, flat, none, none)
@@ -334,6 +366,7 @@ def check_images(
 def find_neighbors(
     images: np.ndarray,  # tiles [N,101,101], N at least 2, finite
     method: str = "default",  # 'default' or 'published'
+    gpu: str | None = None,  # 'cuda', if it is to compare the sides
 ) -> pd.DataFrame:  # first, second (row numbers), direction ('right' or 'down': second lies there), distance of descriptors (0..20)
     "Neighbouring tiles, at most one on each side and no two tiles in one place. `SaltError` for other shapes, NaN, or an unknown method."
     images = np.asarray(images)
@@ -341,7 +374,7 @@ def find_neighbors(
     if method not in ("default", "published"):
         raise SaltError(f"There is no method {method!r} to find neighbours: choose 'default' or 'published'.")
     rule = published_pairs if method == "published" else learned_pairs
-    found = {d: rule(facing(images, d)) for d in STEP}
+    found = {d: rule(facing(images, d), gpu) for d in STEP}
     grids = grow_grids({d: pairs for d, (pairs, _) in found.items()}, len(images), loops=method == "default")
     tables = []
     for d, (pairs, sides) in found.items():
@@ -465,6 +498,7 @@ def draw_mosaic(
 def write_mosaics(
     root: str | Path,  # data folder in the competition's shape
     out: str | Path,  # folder to fill; it may exist if it is empty
+    gpu: str | None = None,  # as in `find_neighbors`
 ) -> list[np.ndarray]:  # the grids: row numbers of train and test tiles together, train first
     "Write pairs.csv, mosaic_0000.csv, mosaic_0000.png ... `SaltError` before work begins if the data are not in order or the folder is in use."
     out = Path(out)
@@ -473,7 +507,7 @@ def write_mosaics(
     out.mkdir(parents=True, exist_ok=True)  # before the work: a read-only place is refused at once
     refuse_bad_data(root)
     tiles = load_tiles(root, "test", after=(train := load_tiles(root, "train")))
-    ids, neighbors = tiles.ids, find_neighbors(tiles.images)
+    ids, neighbors = tiles.ids, find_neighbors(tiles.images, gpu=gpu)
     grids = assemble(neighbors, len(ids))
     write_atomic(out / "pairs.csv", neighbors.assign(first=ids[neighbors["first"]], second=ids[neighbors["second"]]).round({"distance": 4}).to_csv(index=False))
     for number, grid in enumerate(grids):

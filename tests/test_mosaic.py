@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from saltlib.cli import main
 from saltlib.core import SaltError
@@ -98,6 +99,13 @@ def test_blocks_do_not_matter(monkeypatch):
     assert set(zip(whole.first, whole.second)) == set(zip(pieces.first, pieces.second))
     np.testing.assert_allclose(whole.rest_first, pieces.rest_first, atol=1e-6)
     np.testing.assert_allclose(whole.rest_second, pieces.rest_second, atol=1e-6)
+
+
+@pytest.mark.parametrize("gpu", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))])
+def test_torch_finds_the_same_neighbours(sections, gpu):
+    ids, images, _ = sections
+    assert named(find_neighbors(images), ids) == named(find_neighbors(images, gpu=gpu), ids)
+    assert len(find_neighbors(np.repeat(images[:1], 5, axis=0), gpu=gpu)) == 0
 
 
 def test_a_mosaic_stays_in_one_fold(sections):
