@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['READERS', 'PIXELS', 'DEALT', 'weighted_mean', 'in_pieces', 'stretch', 'confidence', 'pseudo_label_table', 'deal',
            'choose_pseudo_labels', 'read_pseudo_labels', 'decode_masks', 'Group', 'group_means', 'group_ends',
-           'Ensemble', 'average_round', 'score_out_of_fold', 'leave_out', 'member_table', 'disagreement',
-           'tile_disagreement', 'out_of_fold_pieces', 'scores_by_disagreement', 'count_pseudo_labels']
+           'Ensemble', 'average_round', 'score_out_of_fold', 'member_table', 'disagreement', 'tile_disagreement',
+           'out_of_fold_pieces', 'scores_by_disagreement', 'count_pseudo_labels']
 
 # %% ../nbs/11_ensemble.ipynb #9a0ba636
 from collections import deque
@@ -233,38 +233,41 @@ def score_out_of_fold(
     return pd.concat(tables, ignore_index=True)
 
 # %% ../nbs/11_ensemble.ipynb #bd622c78
-def leave_out(
-    ensemble: Ensemble,
-    group: int,  # number of the group
-    member: int,  # number of the member within it
-    only: bool = False,  # keep this member alone instead
-) -> Ensemble | None:  # None if nobody is left
-    "The ensemble without one of its members, or that member alone."
-    def keep(g: int, m: int) -> bool:
-        return ((g, m) == (group, member)) == only
-
-    kept = [Group({fold: [s for m, s in enumerate(stores) if keep(g, m)] for fold, stores in part.members.items()}, part.stretch) for g, part in enumerate(ensemble.groups)]
-    kept = [part for part in kept if all(part.members.values())]
-    return Ensemble(kept, ensemble.ids) if kept else None
-
-
 def member_table(
     ensemble: Ensemble,
     names: list[list[str]],  # of each group's members
     train: Tiles,  # all train tiles
     folds: np.ndarray,  # the fold of each
 ) -> pd.DataFrame:  # a row for the ensemble and one for each member: mAP alone and without it; what it adds, low and high (95 % interval)
-    "Scores of the ensemble with and without each member."
-    whole = score_out_of_fold(ensemble, train, folds)["precision"]
-    rows = {"ensemble": {"alone": whole.mean()}}
-    for g, group in enumerate(names):
-        for m, name in enumerate(group):
-            rows[name] = {"alone": score_out_of_fold(leave_out(ensemble, g, m, only=True), train, folds)["precision"].mean()}
-            if rest := leave_out(ensemble, g, m):
-                adds = whole - (without := score_out_of_fold(rest, train, folds)["precision"])
-                low, high = bootstrap_interval(adds)
-                rows[name] |= {"without": without.mean(), "adds": adds.mean(), "low": low, "high": high}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["alone", "without", "adds", "low", "high"])
+    "Scores of the ensemble with and without each member. A group is stretched by the ends of all its members."
+    def mean_of(chosen: list[tuple[int, int]], probs: dict[tuple[int, int], np.ndarray], fold: int) -> np.ndarray:
+        means = []
+        for g, group in enumerate(ensemble.groups):
+            weights = {(g, m): weight for m, (_, weight) in enumerate(group.members[fold]) if (g, m) in chosen}
+            if weights:
+                means.append(stretch(sum(weight * probs[v] for v, weight in weights.items()) / sum(weights.values()), *ensemble.ends[g][fold]))
+        return sum(means) / len(means)
+
+    voices = [(g, m) for g, group in enumerate(names) for m in range(len(group))]
+    parts = {"whole": voices} | {("alone", v): [v] for v in voices}
+    parts |= {("without", v): rest for v in voices if (rest := [other for other in voices if other != v])}
+    precision = {part: [] for part in parts}
+    for fold in ensemble.folds:
+        own = train[np.flatnonzero(folds == fold)]
+        for rows in in_pieces(len(own)):  # each member is read once
+            probs = {(g, m): ensemble.groups[g].members[fold][m][0].read(own.ids[rows]) for g, m in voices}
+            for part, chosen in parts.items():
+                precision[part].append(precision_at_iou(mean_of(chosen, probs, fold) > 0.5, own.masks[rows]))
+    scores = {part: np.concatenate(pieces) for part, pieces in precision.items()}
+    table = {"ensemble": {"alone": scores["whole"].mean()}}
+    for g, m in voices:
+        row = table[names[g][m]] = {"alone": scores["alone", (g, m)].mean()}
+        if ("without", (g, m)) in scores:
+            adds = scores["whole"] - scores["without", (g, m)]
+            low, high = bootstrap_interval(adds)
+            row |= {"without": scores["without", (g, m)].mean(), "adds": adds.mean(), "low": low, "high": high}
+    return pd.DataFrame.from_dict(table, orient="index", columns=["alone", "without", "adds", "low", "high"])
+
 
 # %% ../nbs/11_ensemble.ipynb #8c59157f
 def disagreement(

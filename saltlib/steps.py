@@ -6,7 +6,8 @@
 __all__ = ['OpenStep', 'open_step', 'step_folds', 'split_fold', 'pseudo_label_file', 'choose_for_phase', 'join_tiles',
            'training_tiles', 'fit_settings', 'describe_training', 'tiles_to_predict', 'round_ensemble', 'count_choices',
            'run_records', 'score_table', 'mean_row', 'scores_by_place', 'compare_folds', 'run_histories', 'open_run',
-           'open_runs', 'different_settings', 'tile_scores', 'compare_scores', 'most_changed', 'read_out_of_fold']
+           'open_runs', 'different_settings', 'tile_scores', 'compare_scores', 'most_changed', 'open_ensemble',
+           'read_out_of_fold']
 
 # %% ../nbs/15_steps.ipynb #c81d0f24
 from dataclasses import dataclass
@@ -410,13 +411,20 @@ def most_changed(
     return scores.join(change).loc[largest]
 
 
+def open_ensemble(
+    run: OpenStep,  # of `open_run`
+) -> Ensemble:
+    "The predictions that the last round averaged."
+    return round_ensemble(run, pd.read_csv(run.folder / "pseudo_labels" / "all.csv", dtype={"id": str}, usecols=["id"])["id"].to_numpy(str))
+
+
 def read_out_of_fold(
     run: OpenStep,  # of `open_run`
+    ensemble: Ensemble,  # the run's, of `open_ensemble`
     ids: np.ndarray,  # train tiles that it scored
 ) -> np.ndarray:  # probabilities [n,101,101]
     "What the last round's ensemble says about train tiles, each by networks that never saw it."
-    test = pd.read_csv(run.folder / "pseudo_labels" / "all.csv", dtype={"id": str}, usecols=["id"])["id"].to_numpy(str)
-    ensemble, probs = round_ensemble(run, test), np.empty((len(ids), 101, 101), np.float32)
+    probs = np.empty((len(ids), 101, 101), np.float32)
     folds = pd.read_csv(run.folder / "out_of_fold.csv", dtype={"id": str}).set_index("id")["fold"].loc[ids].to_numpy()
     for fold in np.unique(folds).tolist():
         probs[folds == fold] = ensemble.fold_mean(fold, ids[folds == fold])
