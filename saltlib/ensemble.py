@@ -210,12 +210,17 @@ def average_round(
 ) -> dict[int | None, pd.DataFrame]:  # None -> table of the mean; if clean: fold -> its own table
     "Average the members over the test tiles, piece by piece; black tiles count as 0."
     tables = {fold: [] for fold in (*(ensemble.folds if clean else ()), None)}
-    for rows in in_pieces(len(images)):
-        black = is_black(images[rows])[:, None, None]
-        means = {fold: np.where(black, 0, mean) for fold, mean in ensemble.test_means(ensemble.ids[rows]).items()}
-        store.write(rows, means[None])
-        for fold, pieces in tables.items():
-            pieces.append(pseudo_label_table(ensemble.ids[rows], images[rows], means[fold]))
+    slices = [*in_pieces(len(images))]
+    with ThreadPoolExecutor(1) as ahead:  # averages the next piece
+        coming = ahead.submit(ensemble.test_means, ensemble.ids[slices[0]])
+        for rows, following in zip(slices, [*slices[1:], None]):
+            black, means = is_black(images[rows])[:, None, None], coming.result()
+            if following:
+                coming = ahead.submit(ensemble.test_means, ensemble.ids[following])
+            means = {fold: np.where(black, 0, mean) for fold, mean in means.items()}
+            store.write(rows, means[None])
+            for fold, pieces in tables.items():
+                pieces.append(pseudo_label_table(ensemble.ids[rows], images[rows], means[fold]))
     return {fold: pd.concat(pieces, ignore_index=True) for fold, pieces in tables.items()}
 
 # %% ../nbs/11_ensemble.ipynb #b53543db
