@@ -36,7 +36,7 @@ def noisy(images, deviation):
     return (images + np.random.default_rng(1).normal(0, deviation, images.shape)).clip(0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("method, noise, least_found", [("published", 0, 0.7), ("default", 0, 0.8), ("published", 5, 0), ("default", 5, 0.3)])
+@pytest.mark.parametrize("method, noise, least_found", [("published", 0, 0.7), ("default", 0, 0.8), ("published", 5, 0), ("default", 5, 0.3), ("default", 15, 0.3)])
 def test_neighbours_of_synthetic_sections(sections, method, noise, least_found):
     ids, images, truth = sections
     found = named(find_neighbors(noisy(images, noise) if noise else images, method), ids)
