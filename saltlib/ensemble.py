@@ -273,7 +273,6 @@ def member_table(
             row |= {"without": scores["without", (g, m)].mean(), "adds": adds.mean(), "low": low, "high": high}
     return pd.DataFrame.from_dict(table, orient="index", columns=["alone", "without", "adds", "low", "high"])
 
-
 # %% ../nbs/11_ensemble.ipynb #8c59157f
 def disagreement(
     ensemble: Ensemble,
