@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from .core import SaltError, changed_files, checksum, project_root, read_json, read_record, runs_folder, write_atomic
+from .core import SaltError, changed_files, checksum, pick_device, project_root, read_json, read_record, runs_folder, write_atomic
 from .data import refuse_bad_data
 from .recipes import Recipe, Step, full_name, read_recipe, recipe_folder, recipe_steps, step_folder, step_inputs, write_recipe
 
@@ -738,7 +738,8 @@ def main(
         elif args.command == "mosaic":
             from saltlib.mosaic import write_mosaics
 
-            grids = write_mosaics(args.data, args.out, "cuda" if visible_gpus() else None)
+            gpu = "cuda" if visible_gpus() and pick_device().type == "cuda" else None  # without a GPU torch, which takes seconds to load, isn't asked
+            grids = write_mosaics(args.data, args.out, gpu)
             print(f"{args.out}: {len(grids)} mosaics of {sum(int((grid >= 0).sum()) for grid in grids)} tiles")
         elif args.command == "predict":
             predict_folder(**predict_settings(args), device=args.device)
