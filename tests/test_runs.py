@@ -22,6 +22,7 @@ from saltlib import cli
 from saltlib.core import read_record
 from saltlib.data import PredictionStore, load_tiles, read_rle_csv, rle_decode
 from saltlib.metrics import precision_at_iou
+from saltlib.nursery import fork_kernel, nursery
 from saltlib.postprocess import find_sources, straight_masks, straight_rows
 from saltlib.recipes import read_recipe, recipe_steps, step_folder
 from saltlib.synthetic import make_dataset
@@ -309,6 +310,18 @@ def test_kernels_are_forked_only_where_no_gpu_is_used(tmp_path, monkeypatch, gpu
     monkeypatch.setattr(cli, "watch", lambda *_: seen.append("SALT_NURSERY" in os.environ))
     cli.run_recipe(cli.load_recipe("demo", None, []), quiet=True)
     assert seen == [forked] and "SALT_NURSERY" not in os.environ
+
+
+def test_no_kernel_is_forked_with_a_library_that_has_changed(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "saltlib", tmp_path / "saltlib")
+    monkeypatch.chdir(tmp_path)  # where the nursery looks for modules first
+    with nursery():
+        asked = [sys.executable, "-m", "ipykernel_launcher", "--IPKernelApp.log_level=CRITICAL"], dict(os.environ), tmp_path
+        kernel = fork_kernel(*asked)
+        assert kernel.poll() is None
+        kernel.connection.close()
+        (tmp_path / "saltlib/core.py").touch()
+        assert fork_kernel(*asked) is None
 
 
 def test_killed_training_goes_on_to_the_same_result(finished, tmp_path):
