@@ -424,15 +424,13 @@ def run_recipe(
                 (place / "record.json").unlink()
         if steps:
             (step_folder(recipe, steps[-1], outputs) / "report.html").unlink(missing_ok=True)
-        # A cluster's scheduler deals out GPUs and cores. Here, each GPU has one step at a time; on a CPU the trainings that wait for none of their round share the cores.
+        # A cluster's scheduler deals out GPUs and cores. Here, each GPU has one step at a time; on a CPU the trainings that can be at work together share the cores.
         gpus = 0 if recipe.device == "cpu" else len(visible_gpus())
         if not profile:
             where += ["--resources", f"gpu={gpus}"]
-        at_once = max(sum(not phase.start.startswith(f"{name}/") for phase in round_.phases.values()) for name, round_ in recipe.rounds.items()) * len(recipe.folds.use)
-        threads = 1 if profile or gpus else max(1, cores // at_once)
         command = [
             sys.executable, "-m", "snakemake", "--snakefile", str(runs_folder() / "Snakefile"), "--directory", str(folder), *where,
-            "--config", f"gpu={int(recipe.device != 'cpu' and bool(profile or gpus))}", f"threads={threads}",
+            "--config", f"gpu={int(recipe.device != 'cpu' and bool(profile or gpus))}", f"cores={1 if profile or gpus else cores}",
             "--rerun-incomplete", "--rerun-triggers", "mtime", "--keep-going", "--nolock", "--quiet", "all",
         ]
         # Snakemake inherits the lock: as long as it works, also after this process was killed, no other run begins.

@@ -6,7 +6,8 @@
 __all__ = ['Name', 'PhaseName', 'Snapshots', 'Strict', 'AdamW', 'RMSprop', 'SGD', 'OneCycle', 'Plateau', 'Cosine', 'PseudoLabels',
            'Phase', 'Members', 'Round', 'Folds', 'Recipe', 'full_name', 'set_value', 'count_values', 'parse_recipe',
            'read_recipe', 'recipe_folder', 'write_recipe', 'Step', 'fold_of', 'members', 'recipe_steps',
-           'previous_round', 'step_inputs', 'is_contaminated', 'step_folder', 'rules_in_use', 'step_arguments']
+           'previous_round', 'step_inputs', 'trainings_beside', 'is_contaminated', 'step_folder', 'rules_in_use',
+           'step_arguments']
 
 # %% ../nbs/14_recipes.ipynb #b36c8219
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ class Phase(Strict):
     clip: float | None = Field(None, gt=0)  # largest norm of the gradient
     dropout: float | None = Field(None, ge=0, lt=1)  # before the head, while training; None: the network's own
     batch_norm_momentum: float | None = Field(None, gt=0, le=1)  # weight of a new batch, as torch counts it; None: the network's own
-    loss: Literal["bce_dice", "lovasz_elu", "lovasz_relu", "three_output"]
+    loss: Literal["bce_dice", "lovasz_elu", "lovasz_relu", "lovasz_symmetric", "three_output"]
     augment: Literal["none", "light", "wide", "bes", "phalanx"] = "light"
     weights: Literal["last", "best"] | Snapshots = "last"  # what predictions and later phases use; several snapshots: their mean
     fold_snapshots: dict[int, Snapshots] = {}  # folds that use other snapshots
@@ -385,6 +386,22 @@ def step_inputs(
     if step.kind == "ensemble":
         return [Step("prepare"), *(Step("predict", *member, fold) for member in members(recipe, step.round) for fold in recipe.folds.use)]
     return recipe_steps(recipe)[:-1]
+
+
+def trainings_beside(
+    recipe: Recipe,
+    round: str,
+    phase: str,
+) -> int:  # itself among them
+    "How many trainings may be at work together with one of this phase: those of its round that wait for as many others, in all folds."
+    phases = recipe.rounds[round].phases
+
+    def waits_for(name: str) -> int:
+        start = phases[name].start
+        return 1 + waits_for(start.split("/")[1]) if start.startswith(f"{round}/") else 0
+
+    together = [name for name in phases if waits_for(name) == waits_for(phase)]
+    return sum(len({fold_of(recipe, round, name, fold) for fold in recipe.folds.use}) for name in together)
 
 
 def is_contaminated(

@@ -24,7 +24,7 @@ from saltlib.data import PredictionStore, load_tiles, read_rle_csv, rle_decode
 from saltlib.metrics import precision_at_iou
 from saltlib.nursery import fork_kernel, nursery
 from saltlib.postprocess import find_sources, straight_masks, straight_rows
-from saltlib.recipes import read_recipe, recipe_steps, step_folder
+from saltlib.recipes import read_recipe, recipe_steps, step_folder, write_recipe
 from saltlib.synthetic import make_dataset
 
 SALT = [Path(sys.executable).with_name("salt")]
@@ -310,6 +310,15 @@ def test_kernels_are_forked_only_where_no_gpu_is_used(tmp_path, monkeypatch, gpu
     monkeypatch.setattr(cli, "watch", lambda *_: seen.append("SALT_NURSERY" in os.environ))
     cli.run_recipe(cli.load_recipe("demo", None, []), quiet=True)
     assert seen == [forked] and "SALT_NURSERY" not in os.environ
+
+
+def test_trainings_that_can_be_at_work_together_share_the_cores(tmp_path):
+    project = make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=4)
+    folder = write_recipe(read_recipe(ROOT / "nbs/runs/recipes/modern.yaml", ["data=data/demo"]), project / "outputs").parent
+    command = [sys.executable, "-m", "snakemake", "--dry-run", "--printshellcmds", "--snakefile", ROOT / "nbs/runs/Snakefile", "--directory", folder, "--cores", "3", "--config", "gpu=0", "cores=3"]
+    shown = subprocess.run(command, capture_output=True, text=True).stdout
+    threads = dict(re.findall(r"step .* train --round round1 --phase (\w+) --fold 0 --threads (\d)", shown))
+    assert threads == {"start": "3", "lovasz": "3", "large": "1", "symmetric": "1"}, shown
 
 
 def test_no_kernel_is_forked_with_a_library_that_has_changed(tmp_path, monkeypatch):
