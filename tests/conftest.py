@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -19,6 +20,15 @@ def pytest_collection_modifyitems(items):
     "Long tests first, what looks at the finished run last: so no worker waits for another, or is left alone at the end."
     last = len(LONG) + 1
     items.sort(key=lambda item: next((k for k, name in enumerate(LONG) if item.name.startswith(name)), last if "finished" in item.fixturenames else len(LONG)))
+
+
+@pytest.fixture(autouse=True)
+def deaf_to_the_end_of_children():
+    """Undo that torch's DataLoader listens to SIGCHLD from its first worker on: tests end a thousand processes.
+    After salt bench in the same process, on a CPU with AMX and Linux 6.18, the kernel now and then fails to deliver
+    that signal and sends SIGSEGV instead; the test's worker is gone without a word."""
+    yield
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def git(folder: Path, *args: str) -> str:
