@@ -81,13 +81,13 @@ def confidence(
 
 def pseudo_label_table(
     ids: np.ndarray,  # test tiles
-    greys: np.ndarray,  # int [N], their number of distinct grey values
+    images: np.ndarray,  # uint8 [N,101,101]
     probs: np.ndarray,  # mean probabilities [N,101,101]
 ) -> pd.DataFrame:  # id, unique_pixels, mask_pixels, confidence, rle_mask
     "What the ensemble says about tiles without masks, and how sure it is."
     masks = probs > 0.5
     return pd.DataFrame({
-        "id": ids, "unique_pixels": greys, "mask_pixels": masks.sum(axis=(1, 2)),
+        "id": ids, "unique_pixels": unique_pixels(images), "mask_pixels": masks.sum(axis=(1, 2)),
         "confidence": confidence(probs).round(6), "rle_mask": encode_masks(masks),
     })
 
@@ -221,17 +221,12 @@ def average_round(
 ) -> dict[int | None, pd.DataFrame]:  # None -> table of the mean; if clean: fold -> its own table
     "Average the members over the test tiles, piece by piece; black tiles count as 0."
     tables = {fold: [] for fold in (*(ensemble.folds if clean else ()), None)}
-
-    def piece(rows: slice):
-        ids, black, greys, means = ensemble.ids[rows], is_black(images[rows]), unique_pixels(images[rows]), ensemble.test_means(ensemble.ids[rows])
-        for mean in means.values():
-            mean[black] = 0
-        return means[None], {fold: pseudo_label_table(ids, greys, means[fold]) for fold in tables}
-
-    for rows, (mean, made) in averaged_ahead(piece, in_pieces(len(images))):
-        store.write(rows, mean)
-        for fold, table in made.items():
-            tables[fold].append(table)
+    for rows, means in averaged_ahead(lambda rows: ensemble.test_means(ensemble.ids[rows]), in_pieces(len(images))):
+        black = is_black(images[rows])[:, None, None]
+        means = {fold: np.where(black, 0, mean) for fold, mean in means.items()}
+        store.write(rows, means[None])
+        for fold, pieces in tables.items():
+            pieces.append(pseudo_label_table(ensemble.ids[rows], images[rows], means[fold]))
     return {fold: pd.concat(pieces, ignore_index=True) for fold, pieces in tables.items()}
 
 # %% ../nbs/11_ensemble.ipynb #b53543db
