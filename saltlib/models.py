@@ -361,7 +361,7 @@ def lite_unet(
     import segmentation_models_pytorch as smp
 
     net = smp.Unet(f"tu-tf_efficientnet_{name}", encoder_weights=None, classes=1, decoder_channels=(96, 64, 32, 16, 8))
-    net.register_forward_pre_hook(check_lite)
+    net.encoder.register_forward_pre_hook(check_lite)  # a network that CUDA graphs record must have none itself
     learn_depthwise_in_float32(net)
     if pretrained:
         load_lite(net.encoder, name)
@@ -401,6 +401,7 @@ MODELS = {
     "compact": Network(partial(lite_unet, "lite0"), None, 96, (0, 0), "reflect", centred_grey, False),
     "lite2_at_96": Network(partial(lite_unet, "lite2"), None, 96, (0, 0), "reflect", centred_grey, False),
     "lite2_at_128": Network(partial(lite_unet, "lite2"), None, 128, (0, 0), "reflect", centred_grey, False),
+    "lite2_at_224": Network(partial(lite_unet, "lite2"), None, 192, (16, 16), "reflect", centred_grey, False),
 }
 
 

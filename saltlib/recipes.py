@@ -82,7 +82,7 @@ Snapshots = Annotated[tuple[int, ...], Field(min_length=1)]
 
 class Phase(Strict):
     "One training of one network, done for every fold in use."
-    model: Literal["bes_resnext50", "phalanx_v4", "phalanx_v3", "phalanx_v5", "compact", "lite2_at_96", "lite2_at_128"]  # a network of saltlib.models
+    model: Literal["bes_resnext50", "phalanx_v4", "phalanx_v3", "phalanx_v5", "compact", "lite2_at_96", "lite2_at_128", "lite2_at_224"]  # a network of saltlib.models
     start: str = "imagenet"  # 'imagenet', 'scratch', or 'round/phase': what that phase's `weights` names, of the same fold
     data: Literal["train", "train+pseudo", "pseudo"] = "train"  # 'pseudo' are the pseudo-labels of the round before
     pseudo_labels: PseudoLabels = PseudoLabels()  # which of them

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from .core import RunRecord, SaltError, checksum, derive_seed, git_commit, read_record, versions
-from .data import PredictionStore, Tiles, is_black, load_tiles, make_folds, read_folds, refuse_bad_data
+from .data import PredictionStore, Tiles, is_black, load_tiles, make_folds, read_folds
 from .ensemble import Ensemble, Group, choose_pseudo_labels, decode_masks, read_pseudo_labels
 from .metrics import bootstrap_interval
 from .mosaic import CLOSE, closest_known, mosaic_groups
@@ -132,8 +132,7 @@ def step_folds(
 def split_fold(
     step: OpenStep,  # 'train' or 'predict'
 ) -> tuple[Tiles, Tiles]:  # tiles of the other folds, tiles of this fold (fold 0, if the phase is shared)
-    "The checked train tiles, divided by the folds that the prepare step wrote."
-    refuse_bad_data(step.recipe.data)
+    "The train tiles, divided by the folds that the prepare step wrote. `SaltError` if one can't be read any more."
     tiles = load_tiles(step.recipe.data, "train")
     own = read_folds(step.folder_of("prepare") / "folds.csv", tiles.ids) == (step.step.fold or 0)
     return tiles[~own], tiles[own]
