@@ -96,6 +96,7 @@ def capture(
     half = half_dtype(x.device)
     with torch.autocast(x.device.type, half, enabled=half is not None, cache_enabled=False):
         torch.cuda.make_graphed_callables(network, (x.clone(),), allow_unused_input=True)
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # the recording was made on a stream of its own, as it must be
     network.load_state_dict(state)  # the passes that precede the recording have moved the batch norms
     captured = network.forward
     network.forward = lambda views: captured(views) if views.shape == x.shape else plain(views)
