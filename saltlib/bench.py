@@ -269,7 +269,8 @@ def bench_around(
     return rows
 
 # %% ../nbs/16_bench.ipynb #36def92e
-NETWORKS = {"bes_resnext50": 8, "phalanx_v4": 4, "phalanx_v3": 4, "phalanx_v5": 8, "compact": 32}  # tiles that the plain way predicts on a CPU: some seconds
+# Tiles that the plain way predicts on a CPU, which takes some seconds; tiles of a training's batch, as in the recipes.
+NETWORKS = {"bes_resnext50": (8, 24), "phalanx_v4": (4, 18), "phalanx_v3": (4, 18), "phalanx_v5": (8, 64), "compact": (32, 16)}
 
 
 def run_bench(
@@ -286,11 +287,12 @@ def run_bench(
             tiles = seismic_tiles(times * (8 if quick else 160))
             rows += [bench_prediction("compact", tiles.images, 1, device, roof), *bench_around(tiles, members=4)]
     else:
-        for name, n_plain in NETWORKS.items():
+        for name, (n_plain, _) in NETWORKS.items():
             n_plain = 1 if quick else n_plain * (32 if on_gpu else 1)
             rows.append(bench_prediction(name, seismic_tiles(n_plain * (1 if quick else 4)).images, n_plain, device, roof))
         for name in NETWORKS if on_gpu else ["compact"]:
-            rows.append(bench_training(name, seismic_tiles(16 if quick else 1024 if on_gpu else 256), 8, device, roof))
+            batch_size = NETWORKS[name][1]
+            rows.append(bench_training(name, seismic_tiles(batch_size if quick else 2048 if on_gpu else 256), batch_size, device, roof))
         rows += bench_around(seismic_tiles(64 if quick else 4000), members=2 if quick else 10)
     machine = {
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0)),

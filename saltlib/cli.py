@@ -394,6 +394,7 @@ def run_recipe(
     dry_run: bool = False,  # say what would run, and what it costs
     cores: int | None = None,  # CPU cores to use; default: all
     profile: str | None = None,  # hand the steps to a cluster, as in `find_profile`
+    until: str | None = None,  # 'prepare' or 'train': end before the steps that follow those of this kind
     quiet: bool = False,  # print nothing but errors
     verbose: bool = False,  # plain lines instead of the live view
 ) -> None:
@@ -424,6 +425,10 @@ def run_recipe(
                 (place / "record.json").unlink()
         if steps:
             (step_folder(recipe, steps[-1], outputs) / "report.html").unlink(missing_ok=True)
+        if until:
+            follow = {"prepare": "train", "train": "predict"}[until]
+            where += ["--omit-from", follow, *(["train_shared"] if follow == "train" else [])]
+            steps = steps[: next((k for k, step in enumerate(steps) if step.kind == follow), None)]
         # A cluster's scheduler deals out GPUs and cores. Here, each GPU has one step at a time; on a CPU the trainings that can be at work together share the cores.
         gpus = 0 if recipe.device == "cpu" else len(visible_gpus())
         if not profile:
@@ -437,14 +442,14 @@ def run_recipe(
         passes = {str(step): training_passes(recipe, step) if step.kind in ("train", "predict") else 100 for step in steps}  # the others: about as long as some tiles
         epochs = {str(step): recipe.rounds[step.round].phases[step.phase].total_epochs for step in steps if step.kind == "train"}
         records = {str(step): step_folder(recipe, step, outputs) / "record.json" for step in steps}
-        with contextlib.nullcontext() if profile or gpus or sys.platform != "linux" else nursery():
+        with contextlib.nullcontext() if profile or sys.platform != "linux" else nursery():
             status = watch(command, [lock.fileno()], Progress(recipe.name, passes, epochs, lambda step: records[step].exists()), quiet, verbose)
     if status:
         failed = [row for row in status_rows(recipe, outputs) if row[1] == "failed"]
         raise SaltError("\n".join([f"{recipe.name} is not complete; mend this and give the same command again, finished steps are kept:", *(f"  {row[0]}: {row[2]}" for row in failed)]))
     if not quiet:
         rows = status_rows(recipe, outputs)
-        print(f"{recipe.name}: all {len(rows)} steps are done")
+        print(f"{recipe.name}: {'all' if (done := sum(row[1] == 'done' for row in rows)) == len(rows) else f'{done} of'} {len(rows)} steps are done")
         print(*(f"{step}: {figures}" for step, _, figures in rows if step.startswith("ensemble")), sep="\n")
         print(f"executed notebooks: {folder}/*/*/*/*/*.ipynb and {folder}/*/*/*.ipynb")
         print(f"report:             {folder}/report/report.ipynb and {folder}/report/report.html")
@@ -678,6 +683,7 @@ def make_parser() -> argparse.ArgumentParser:
     run = command("run", "Run the missing steps of a recipe.", epilog="example: salt run compact --set folds.use=[0]")
     run.add_argument("--dry-run", action="store_true", help="say which steps would run, how long and with how much disk")
     run.add_argument("--cores", type=int, metavar="N", help="CPU cores to use (default: all)")
+    run.add_argument("--until", choices=["prepare", "train"], help="end before the steps that follow those of this kind")
     run.add_argument("--profile", metavar="NAME", help="hand the steps to a cluster: slurm, kubernetes, or a folder with a Snakemake profile")
     say = run.add_mutually_exclusive_group()
     say.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
@@ -728,7 +734,7 @@ def main(
             print("\n".join(problems) if problems else f"{args.folder}: no problems")
             return int(bool(problems))
         elif args.command == "run":
-            run_recipe(load_recipe(args.recipe, args.data, args.set), args.dry_run, args.cores, args.profile, args.quiet, args.verbose)
+            run_recipe(load_recipe(args.recipe, args.data, args.set), args.dry_run, args.cores, args.profile, args.until, args.quiet, args.verbose)
         elif args.command == "status":
             return int(not show_status(args.recipe))
         elif args.command == "compare":

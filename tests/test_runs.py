@@ -222,8 +222,8 @@ def test_a_machine_without_network_hands_its_results_out_in_pieces(finished, tmp
     (home / "salt" / "bin" / "salt").symlink_to(SALT[0])
     (project / ".gpu-pack").mkdir()
     packed = subprocess.run(["tar", "--create", "--directory", project / "data" / "demo", "train.csv"], check=True, capture_output=True).stdout
-    (project / ".gpu-pack" / "data.tar.00").write_bytes(packed[:1000])
-    (project / ".gpu-pack" / "data.tar.01").write_bytes(packed[1000:])
+    (project / ".gpu-pack" / "train.tar.00").write_bytes(packed[:1000])
+    (project / ".gpu-pack" / "train.tar.01").write_bytes(packed[1000:])
     script = [project / "nbs/runs/gpu_machine.sh", "results", "2", "demo", *SHORT]
     done = subprocess.run(script, cwd=project, env=os.environ | {"HOME": str(home), "PYTHON": sys.executable}, capture_output=True, text=True)
     assert done.returncode == 0 and "all 12 steps are done" in done.stdout, done.stdout + done.stderr
@@ -302,14 +302,24 @@ def workers(project):
     return found
 
 
-@pytest.mark.parametrize("gpus, forked", [([], True), (["0"], False)])
-def test_kernels_are_forked_only_where_no_gpu_is_used(tmp_path, monkeypatch, gpus, forked):
+@pytest.mark.parametrize("gpus, profile, forked", [([], None, True), (["0"], None, True), ([], "slurm", False)])
+def test_kernels_are_forked_but_for_a_cluster(tmp_path, monkeypatch, gpus, profile, forked):
     monkeypatch.chdir(make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=4))
     seen = []
     monkeypatch.setattr(cli, "visible_gpus", lambda: gpus)
     monkeypatch.setattr(cli, "watch", lambda *_: seen.append("SALT_NURSERY" in os.environ))
-    cli.run_recipe(cli.load_recipe("demo", None, []), quiet=True)
+    cli.run_recipe(cli.load_recipe("demo", None, []), profile=profile, quiet=True)
     assert seen == [forked] and "SALT_NURSERY" not in os.environ
+
+
+def test_trainings_alone_need_the_folds_and_the_train_tiles(tmp_path):
+    project = make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=8)
+    short = ["compact", "--data", "data/demo", "--set", "rounds.*.phases.*.epochs=1"]
+    assert "1 of 6 steps are done" in salt(project, "run", *short, "--until", "prepare").stdout
+    shutil.rmtree(project / "data/demo/test")
+    assert "3 of 6 steps are done" in salt(project, "run", *short, "--until", "train").stdout
+    done = {step: read_record(project / "outputs/compact" / step) for step in ("prepare", "round1/start/fold0/train", "round1/lovasz/fold0/train")}
+    assert all(done.values()) and set(records(project, "compact")) == set(done)
 
 
 def test_trainings_that_can_be_at_work_together_share_the_cores(tmp_path):

@@ -10,7 +10,9 @@ python=${PYTHON:-python3}
 packages=$HOME/salt
 
 [ -d "$packages" ] || "$python" -m pip install --quiet --no-index --no-deps --target "$packages" .gpu-pack/*.whl
-[ -e data/train.csv ] || cat .gpu-pack/data.tar.* | tar --extract --directory data
+for tiles in train test; do # for trainings alone, the pieces of the train tiles are enough
+    [ -e "data/.$tiles" ] || [ ! -e ".gpu-pack/$tiles.tar.00" ] || { cat ".gpu-pack/$tiles.tar".* | tar --extract --directory data && touch "data/.$tiles"; }
+done
 export PYTHONPATH=$PWD:$packages JUPYTER_PATH=$packages/share/jupyter
 
 status=0
