@@ -94,9 +94,9 @@ def capture(
     "Make the network's training passes over batches of this shape CUDA graphs."
     plain, state = network.forward, {name: tensor.clone() for name, tensor in network.state_dict().items()}
     half = half_dtype(x.device)
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # the recording has a stream of its own, as it must
     with torch.autocast(x.device.type, half, enabled=half is not None, cache_enabled=False):
         torch.cuda.make_graphed_callables(network, (x.clone(),), allow_unused_input=True)
-    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # the recording was made on a stream of its own, as it must be
     network.load_state_dict(state)  # the passes that precede the recording have moved the batch norms
     captured = network.forward
     network.forward = lambda views: captured(views) if views.shape == x.shape else plain(views)

@@ -14,6 +14,7 @@ for tiles in train test; do # for trainings alone, the pieces of the train tiles
     [ -e "data/.$tiles" ] || [ ! -e ".gpu-pack/$tiles.tar.00" ] || { cat ".gpu-pack/$tiles.tar".* | tar --extract --directory data && touch "data/.$tiles"; }
 done
 export PYTHONPATH=$PWD:$packages JUPYTER_PATH=$packages/share/jupyter
+export PYTHONWARNINGS="ignore:IProgress not found" # tqdm would like widgets, which nobody looks at there
 
 status=0
 timeout --signal=INT "${minutes}m" "$python" "$packages/bin/salt" run "$recipe" "$@" || status=$?
