@@ -91,12 +91,15 @@ def capture(
     network: torch.nn.Module,  # on a GPU, in training mode; its forward pass is replaced
     x: torch.Tensor,  # a full batch as it gets them, [N,3,H,W]
 ) -> None:
-    "Make the network's training passes over batches of this shape CUDA graphs."
+    "Make the network's training passes over batches of this shape CUDA graphs; where that fails, warn and leave it as it is."
     plain, state = network.forward, {name: tensor.clone() for name, tensor in network.state_dict().items()}
     half = half_dtype(x.device)
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # the recording has a stream of its own, as it must
-    with torch.autocast(x.device.type, half, enabled=half is not None, cache_enabled=False):
-        torch.cuda.make_graphed_callables(network, (x.clone(),), allow_unused_input=True)
+    try:
+        with torch.autocast(x.device.type, half, enabled=half is not None, cache_enabled=False):
+            torch.cuda.make_graphed_callables(network, (x.clone(),), allow_unused_input=True)
+    except RuntimeError as error:  # an operation that can't be recorded
+        warnings.warn(f"No CUDA graphs of {type(network).__name__}, so its training is slower: {error}")
     network.load_state_dict(state)  # the passes that precede the recording have moved the batch norms
     captured = network.forward
     network.forward = lambda views: captured(views) if views.shape == x.shape else plain(views)
