@@ -9,7 +9,6 @@ __all__ = ['BatchesOn', 'ToNetworkInput', 'Bfloat16', 'precision_callbacks', 'ca
 
 # %% ../nbs/09_training.ipynb #101a3bd3
 import hashlib, io, math, os, time, warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
