@@ -16,7 +16,7 @@ import torch
 
 from .core import SaltError, autocast, half_dtype, pick_device
 from .data import PredictionStore
-from .models import LearnInFloat32, create_model, find_network, load_weights, prepare, restore
+from .models import Depthwise, create_model, find_network, load_weights, prepare, restore
 
 # %% ../nbs/10_inference.ipynb #9e2b64a7
 def import_openvino():
@@ -87,7 +87,7 @@ def compile_network(
         return None
     x = torch.zeros(1, *shape[1:])
     try:
-        if any(isinstance(layer, LearnInFloat32) for layer in network.modules()):
+        if any(isinstance(layer, Depthwise) for layer in network.modules()):
             encoder, decoder = EncoderPart(network), DecoderPart(network)
             with torch.no_grad():
                 maps = encoder(x)

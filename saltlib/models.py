@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MODELS', 'TILE', 'SCSE', 'conv_bn_elu', 'upsample', 'hypercolumn', 'PyramidAttention', 'MergeBlock', 'LastBlock',
            'BesBlock', 'check_size', 'imagenet_weights', 'torchvision_encoder', 'Trunk', 'OneOutput', 'ThreeOutputs',
-           'phalanx_v4', 'phalanx_v3', 'phalanx_v5', 'BesResNeXt50', 'load_lite', 'LearnInFloat32',
-           'learn_depthwise_in_float32', 'check_lite', 'lite_unet', 'raw_grey', 'centred_grey', 'grey_and_depth',
-           'Network', 'find_network', 'create_model', 'resize', 'resize_and_pad', 'prepare', 'prepare_masks', 'restore',
+           'phalanx_v4', 'phalanx_v3', 'phalanx_v5', 'BesResNeXt50', 'load_lite', 'DepthwiseStep', 'Depthwise',
+           'quicken_depthwise', 'check_lite', 'lite_unet', 'raw_grey', 'centred_grey', 'grey_and_depth', 'Network',
+           'find_network', 'create_model', 'resize', 'resize_and_pad', 'prepare', 'prepare_masks', 'restore',
            'save_weights', 'load_weights']
 
 # %% ../nbs/07_models.ipynb #d9f28d2b
@@ -330,24 +330,60 @@ def load_lite(
     encoder.load_state_dict(dict(zip(ours, theirs.values())))
 
 
-class LearnInFloat32:
-    "A depthwise convolution that, on a CPU, learns in float32 whatever autocast says."
+class DepthwiseStep(torch.autograd.Function):
+    "A depthwise convolution with the gradients of the usual one, but computed with oneDNN's fast kernels only."
+
+    @staticmethod
+    def forward(ctx, x, weight, stride, padding):  # [N,C,H,W], [C,1,k,k]; rows and columns of both -> [N,C,h,w]
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv2d(x, weight, None, stride, padding, groups=len(weight))
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, weight), stride, (down, along) = ctx.saved_tensors, ctx.stride, ctx.padding
+        channels, _, height, width = weight.shape
+        spread = grad
+        if stride != (1, 1):  # as if stride were 1: zeros where it left out a value
+            size = x.shape[2] + 2 * down - height + 1, x.shape[3] + 2 * along - width + 1
+            spread = torch.empty(*grad.shape[:2], *size, dtype=grad.dtype, memory_format=torch.channels_last).zero_()
+            spread[:, :, :: stride[0], :: stride[1]] = grad
+        to_x = F.conv2d(spread, weight.flip(2, 3), None, 1, (height - 1 - down, width - 1 - along), groups=channels)
+        pieces = [(x, width, ctx.padding)]
+        if width > 3:  # columns of the kernel, three at a time
+            cuts = [(left, min(left + 3, width)) for left in range(0, width, 3)]
+            pieces = [(F.pad(x, (along - left, along - width + right, down, down)), right - left, (0, 0)) for left, right in cuts]
+        strips = []
+        for seen, columns, padding in pieces:
+            strip = weight.new_empty(channels, 1, height, columns)
+            strips.append(torch.ops.aten.convolution_backward(grad, seen, strip, None, stride, padding, (1, 1), False, (0, 0), channels, (False, True, False))[1])
+        return to_x, torch.cat(strips, 3), None, None
+
+
+class Depthwise:
+    "A depthwise convolution that, while it learns on a CPU, goes by `DepthwiseStep`."
 
     def forward(self, x):
-        if self.training and x.device.type == "cpu":
-            with torch.autocast("cpu", enabled=False):
-                return super().forward(x.float())
-        return super().forward(x)
+        if not self.training or x.device.type != "cpu":
+            return super().forward(x)
+        from timm.layers import Conv2dSame, pad_same
+
+        if isinstance(self, Conv2dSame):  # TensorFlow's padding
+            x = pad_same(x, self.kernel_size, self.stride)
+        if torch.is_autocast_enabled("cpu"):
+            x = x.to(torch.get_autocast_dtype("cpu"))
+        with torch.autocast("cpu", enabled=False):
+            return DepthwiseStep.apply(x, self.weight.to(x.dtype), self.stride, self.padding)
 
 
-def learn_depthwise_in_float32(
+def quicken_depthwise(
     network: nn.Module,  # changed in place; names and values of its weights stay
 ) -> None:
-    "Give every depthwise convolution of a network `LearnInFloat32`: half of a small network's training time on a CPU is saved."
+    "Make every depthwise convolution without bias of a network a `Depthwise`: half of a small network's training time on a CPU is saved."
     for layer in network.modules():
-        if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1:
-            kind = type(layer)  # timm has kinds of its own, with the padding of TensorFlow
-            layer.__class__ = type(kind.__name__, (LearnInFloat32, kind), {})
+        if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1 and layer.bias is None:
+            kind = type(layer)  # timm has kinds of its own
+            layer.__class__ = type(kind.__name__, (Depthwise, kind), {})
 
 
 def check_lite(model, inputs): check_size(inputs[0], 32)
@@ -362,7 +398,7 @@ def lite_unet(
 
     net = smp.Unet(f"tu-tf_efficientnet_{name}", encoder_weights=None, classes=1, decoder_channels=(96, 64, 32, 16, 8))
     net.encoder.register_forward_pre_hook(check_lite)  # a network that CUDA graphs record must have none itself
-    learn_depthwise_in_float32(net)
+    quicken_depthwise(net)
     if pretrained:
         load_lite(net.encoder, name)
     return net
