@@ -6,8 +6,9 @@
 __all__ = ['PUBLISHED_V5', 'PUBLISHED_BES', 'check_parameters', 'say', 'LabelledLines', 'execute_notebook', 'hold', 'holder',
            'visible_gpus', 'hold_gpu', 'run_step', 'Progress', 'interrupt_all', 'watch', 'find_recipe', 'load_recipe',
            'outdated_steps', 'count_tiles', 'training_passes', 'measured_rates', 'expected_cost', 'find_profile',
-           'run_recipe', 'notebook_error', 'status_rows', 'show_status', 'compare_runs', 'Member', 'published_members',
-           'run_members', 'find_members', 'predict_folder', 'predict_settings', 'run_demo', 'make_parser', 'main']
+           'run_recipe', 'notebook_error', 'status_rows', 'show_status', 'from_root', 'compare_runs', 'blend_runs',
+           'Member', 'published_members', 'run_members', 'find_members', 'predict_folder', 'predict_settings',
+           'run_demo', 'make_parser', 'main']
 
 # %% ../nbs/18_cli.ipynb #95b424de
 import argparse, contextlib, fcntl, io, json, os, re, shutil, signal, socket, subprocess, sys, tempfile, time
@@ -518,6 +519,15 @@ def show_status(
     return all(row[1] == "done" for row in rows)
 
 # %% ../nbs/18_cli.ipynb #445b9b36
+def from_root(
+    path: Path,
+    root: Path,  # the project's top folder, in which notebooks are executed
+) -> str:
+    "How a notebook is told of a path: briefly, if it is in the project."
+    path = path.resolve()
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
+
+
 def compare_runs(
     names: list[str],  # runs in outputs, or their folders; the first is the one that the others are compared with
     out: str | None = None,  # the executed notebook with curves and pictures to write
@@ -542,11 +552,33 @@ def compare_runs(
             table.add_row(*("" if str(v) in ("<NA>", "nan") else str(v).replace("[", "\\[") for v in row))
         console.print(table)
     if out:
-        folders = [str(folder.relative_to(root) if folder.is_relative_to(root) else folder) for folder in (recipe_folder(run.recipe, run.outputs).resolve() for run in runs.values())]
+        folders = [from_root(recipe_folder(run.recipe, run.outputs), root) for run in runs.values()]
         out = Path(out).resolve()
         os.chdir(root)
         execute_notebook(os.path.relpath(runs_folder() / "compare.ipynb"), out, {"runs": folders}, "compare")
         print(f"curves and pictures: {out}")
+
+# %% ../nbs/18_cli.ipynb #9a4f61b8
+def blend_runs(
+    given: list[str],  # RUN or RUN=WEIGHT, runs as in `compare_runs`
+    out: str,  # a new folder: blend.ipynb, out_of_fold.csv, submission.csv
+) -> None:
+    "Average finished runs. `SaltError` before work begins if a run is not finished, a weight is none, or the folder is in use."
+    from saltlib.steps import open_runs
+
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise SaltError(f"{out} is there already and not empty: delete it or name another folder for the mean of the runs.")
+    names, weights = zip(*(re.fullmatch(r"(.*?)(?:=([^=]*))?", run).groups(default="1") for run in given))
+    for run, weight in zip(given, weights):
+        if not re.fullmatch(r"\d+(\.\d+)?", weight) or float(weight) == 0:
+            raise SaltError(f"{run} gives no weight: write RUN or RUN=WEIGHT, with a number above 0.")
+    root = project_root()
+    runs = open_runs(list(names), root / "outputs")
+    out = Path(out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    parameters = {"runs": [from_root(recipe_folder(run.recipe, run.outputs), root) for run in runs.values()], "weights": [float(weight) for weight in weights], "out": from_root(out, root)}
+    os.chdir(root)
+    execute_notebook(os.path.relpath(runs_folder() / "blend.ipynb"), out / "blend.ipynb", parameters, "blend")
 
 # %% ../nbs/18_cli.ipynb #c8d31c76
 PUBLISHED_V5 = re.compile(r"model_128_res34v5(?P<fold>\d)(?P<snapshot>\d)\.pth")
@@ -699,6 +731,9 @@ def make_parser() -> argparse.ArgumentParser:
     compare = command("compare", "Compare finished runs tile by tile: settings, scores with intervals, tiles that changed most.", epilog="example: salt compare compact compact5 --out outputs/compare.ipynb")
     compare.add_argument("runs", nargs="+", metavar="RUN", help="name of a run in outputs, or its folder; two or more, the others are compared with the first")
     compare.add_argument("--out", metavar="FILE", help="also write a notebook with curves and pictures: FILE.ipynb")
+    blend = command("blend", "Average finished runs: their score out of fold and one submission.", epilog="example: salt blend modern=2 modern_gpu --out outputs/blend")
+    blend.add_argument("runs", nargs="+", metavar="RUN[=WEIGHT]", help="name of a run in outputs, or its folder, and the weight of its predictions (default: 1); two or more")
+    blend.add_argument("--out", required=True, metavar="DIR", help="new folder: blend.ipynb, out_of_fold.csv, submission.csv")
     predict = command("predict", "Mask a folder of tiles with trained networks.", epilog="example: salt predict --images data/new --models outputs/compact --out outputs/new.csv")
     predict.add_argument("--images", metavar="DIR", help="folder of ID.png, 101 x 101 pixels")
     predict.add_argument("--models", metavar="DIR", help="a run's folder, or one with the files released in 2018 under their published names")
@@ -739,6 +774,8 @@ def main(
             return int(not show_status(args.recipe))
         elif args.command == "compare":
             compare_runs(args.runs, args.out)
+        elif args.command == "blend":
+            blend_runs(args.runs, args.out)
         elif args.command == "mosaic":
             from saltlib.mosaic import write_mosaics
 

@@ -7,7 +7,7 @@ __all__ = ['OpenStep', 'open_step', 'step_folds', 'split_fold', 'pseudo_label_fi
            'training_tiles', 'fit_settings', 'describe_training', 'tiles_to_predict', 'round_ensemble', 'count_choices',
            'run_records', 'score_table', 'mean_row', 'scores_by_place', 'compare_folds', 'run_histories', 'open_run',
            'open_runs', 'different_settings', 'tile_scores', 'compare_scores', 'most_changed', 'open_ensemble',
-           'read_out_of_fold']
+           'read_out_of_fold', 'blend_scores', 'blend_masks']
 
 # %% ../nbs/15_steps.ipynb #c81d0f24
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 
 from .core import RunRecord, SaltError, checksum, derive_seed, git_commit, read_record, versions
-from .data import PredictionStore, Tiles, is_black, load_tiles, make_folds, read_folds
-from .ensemble import Ensemble, Group, choose_pseudo_labels, decode_masks, read_pseudo_labels
-from .metrics import bootstrap_interval
+from .data import PredictionStore, Tiles, encode_masks, is_black, load_tiles, make_folds, read_folds
+from .ensemble import Ensemble, Group, averaged_ahead, choose_pseudo_labels, decode_masks, in_pieces, read_pseudo_labels, weighted_mean
+from .metrics import bootstrap_interval, precision_at_iou
 from .mosaic import CLOSE, closest_known, mosaic_groups
 from .recipes import Members, Phase, Recipe, Step, fold_of, full_name, is_contaminated, previous_round, read_recipe, recipe_folder, recipe_steps, step_arguments, step_folder, step_inputs
 
@@ -428,3 +428,37 @@ def read_out_of_fold(
     for fold in np.unique(folds).tolist():
         probs[folds == fold] = ensemble.fold_mean(fold, ids[folds == fold])
     return probs
+
+# %% ../nbs/15_steps.ipynb #5b7d20e4
+def blend_scores(
+    runs: dict[str, OpenStep],  # of `open_runs`
+    weights: list[float],  # of each run's predictions
+    train: Tiles,
+) -> pd.DataFrame:  # a row a tile that all runs scored; precision of the weighted mean, then of each run
+    "What the mean of the runs scores out of fold. `SaltError` if they have no tile in common."
+    scores = tile_scores(runs).dropna()
+    if scores.empty:
+        raise SaltError(f"{', '.join(runs)} have no scored tile in common: give runs on the same data.")
+    ensembles, precision = [open_ensemble(run) for run in runs.values()], []
+    for rows in in_pieces(len(scores)):
+        tiles = train[train.rows(scores.index[rows].to_numpy(str))]
+        probs = [read_out_of_fold(run, ensemble, tiles.ids) for run, ensemble in zip(runs.values(), ensembles)]
+        precision.append(precision_at_iou(np.average(probs, axis=0, weights=weights) > 0.5, tiles.masks))
+    scores.insert(0, "weighted mean", np.concatenate(precision))
+    return scores
+
+
+def blend_masks(
+    runs: dict[str, OpenStep],  # of `open_runs`
+    weights: list[float],  # of each run's predictions
+) -> tuple[np.ndarray, list[str]]:  # ids of the test tiles, in the order of the first run, and their masks as RLE
+    "Masks of the mean of the runs' last rounds. `SaltError` if they predicted different tiles."
+    members = [(PredictionStore(run.folder / "predictions.zarr"), weight) for run, weight in zip(runs.values(), weights)]
+    ids = members[0][0].ids
+    for store, _ in members[1:]:
+        if different := set(ids) ^ set(store.ids):
+            raise SaltError(f"{store.path} holds other test tiles than {members[0][0].path} ({len(different)} differ, {min(different)} first): give runs on the same data.")
+    codes = []
+    for _, mean in averaged_ahead(lambda rows: weighted_mean(members, ids[rows]), in_pieces(len(ids))):
+        codes += encode_masks(mean > 0.5)
+    return ids, codes

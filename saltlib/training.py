@@ -48,7 +48,13 @@ class BatchesOn(DataLoader):
         self.where = where
 
     def __iter__(self):
-        for batch in super().__iter__():
+        self.waited, batches = 0.0, super().__iter__()  # seconds in which the training had to wait for a batch
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
             yield [part.to(self.where, non_blocking=True) for part in batch]
 
 
@@ -288,11 +294,11 @@ class History(Callback):
     def after_epoch(self):
         if self.epoch < len(self.rows):  # skipped: it was done before the interruption
             return
-        now = time.time()
+        now, training = time.time(), self.trained - self.started
         self.rows.append({
             "epoch": self.epoch, "train_loss": self.mean_loss(True), "valid_loss": self.mean_loss(False),
             "mAP": float(np.concatenate(self.precisions).mean()), "lr": float(self.opt.hypers[-1]["lr"]),
-            "tiles_per_second": sum(n for _, n in self.losses[True]) / (self.trained - self.started), "seconds": now - self.started,
+            "tiles_per_second": sum(n for _, n in self.losses[True]) / training, "waiting": self.dls.train.waited / training, "seconds": now - self.started,
         })
 
 
@@ -380,7 +386,7 @@ def fit_phase(
     batch_norm_momentum: float | None = None,  # weight of a new batch, as torch counts it; None: the network's own
     clip: float | None = None,  # largest norm of the gradient
     device: str = "auto",
-) -> pd.DataFrame:  # the history: epoch, train_loss, valid_loss, mAP, lr, tiles_per_second, seconds
+) -> pd.DataFrame:  # the history: epoch, train_loss, valid_loss, mAP, lr, tiles_per_second and, of that time, the share spent waiting for tiles, seconds
     "Train a network, going on from the last finished epoch if `folder` holds a checkpoint."
     folder, where = Path(folder), pick_device(device)
     settings = {

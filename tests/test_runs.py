@@ -178,6 +178,31 @@ def test_runs_are_compared_tile_by_tile(finished, tmp_path):
     assert refused.returncode == 1 and "There is no run no_such_run" in refused.stderr
 
 
+def test_runs_are_averaged(finished, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(finished[0], project, symlinks=True, ignore=shutil.ignore_patterns(".snakemake"))
+    other = project / "outputs/other"
+    shutil.copytree(project / "outputs/demo", other)
+    for path in (other / "round2").glob("**/predictions.zarr"):  # a run that says the contrary everywhere
+        store = PredictionStore(path)
+        for first in range(0, len(store.ids), 64):
+            rows = slice(first, min(first + 64, len(store.ids)))
+            store.write(rows, 1 - store.read(store.ids[rows]))
+    demo = pd.read_csv(project / "outputs/demo/round2/ensemble/out_of_fold.csv", dtype={"id": str}).set_index("id")["precision"]
+    text = salt(project, "blend", "demo=3", "other", "--out", "outputs/mean").stdout
+    assert f"mAP {demo.mean():.4f}" in text
+    mean = pd.read_csv(project / "outputs/mean/out_of_fold.csv", dtype={"id": str}).set_index("id")["weighted mean"]
+    assert (mean == demo).mean() > 0.9 and list(mean.index) == list(demo.index)  # half precision rounds a pixel away
+    one, own = (pd.read_csv(project / "outputs" / run / "submission.csv", dtype=str, keep_default_na=False) for run in ("mean", "demo"))
+    masks, expected = (np.array([rle_decode(rle) for rle in table["rle_mask"]]) for table in (one, own))
+    assert (one["id"] == own["id"]).all() and expected.any() and (masks == expected).mean() > 0.999
+    salt(project, "blend", "demo", "other=3", "--out", "outputs/contrary")
+    contrary = pd.read_csv(project / "outputs/contrary/out_of_fold.csv", dtype={"id": str}).set_index("id")["weighted mean"]
+    assert contrary.mean() < 0.5 * demo.mean()
+    again = salt(project, "blend", "demo", "other", "--out", "outputs/mean", check=False)
+    assert again.returncode == 1 and "not empty" in again.stderr
+
+
 def test_pseudo_labels_of_a_fold_come_from_its_own_models(finished):
     project, _ = finished
     run = project / "outputs/demo"
@@ -370,7 +395,7 @@ def test_killed_training_goes_on_to_the_same_result(finished, tmp_path):
     after = records(project)
     assert {k for k in after if after[k] != before[k]} == again and len(after) == len(before)
     runs = [p / "outputs/demo" for p in (finished[0], project)]
-    histories = [pd.read_csv(run / "round2/compact/fold1/train/history.csv").drop(columns=["seconds", "tiles_per_second"]) for run in runs]
+    histories = [pd.read_csv(run / "round2/compact/fold1/train/history.csv").drop(columns=["seconds", "tiles_per_second", "waiting"]) for run in runs]
     pd.testing.assert_frame_equal(*histories, check_exact=True)
     for name in ("round2/compact/fold1/train/weights/last.safetensors", "submission.csv"):
         assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes()
