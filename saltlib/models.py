@@ -335,12 +335,14 @@ class DepthwiseStep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, stride, padding):  # [N,C,H,W], [C,1,k,k]; rows and columns of both -> [N,C,h,w]
+        "The usual convolution."
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.padding = stride, padding
         return F.conv2d(x, weight, None, stride, padding, groups=len(weight))
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # of the output -> of x and weight
+        "A forward convolution for `x`, strips of the kernel for `weight`."
         (x, weight), stride, (down, along) = ctx.saved_tensors, ctx.stride, ctx.padding
         channels, _, height, width = weight.shape
         spread = grad
