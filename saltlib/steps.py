@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OpenStep', 'open_step', 'step_folds', 'split_fold', 'pseudo_label_file', 'choose_for_phase', 'join_tiles',
-           'training_tiles', 'fit_settings', 'describe_training', 'tiles_to_predict', 'round_ensemble', 'count_choices',
-           'run_records', 'score_table', 'mean_row', 'scores_by_place', 'compare_folds', 'run_histories', 'open_run',
-           'open_runs', 'different_settings', 'tile_scores', 'compare_scores', 'most_changed', 'open_ensemble',
-           'read_out_of_fold', 'blend_scores', 'blend_masks']
+           'training_tiles', 'fit_settings', 'describe_training', 'tiles_to_predict', 'round_ensemble',
+           'correct_by_mosaics', 'count_choices', 'run_records', 'score_table', 'mean_row', 'scores_by_place',
+           'compare_folds', 'run_histories', 'open_run', 'open_runs', 'different_settings', 'tile_scores',
+           'compare_scores', 'most_changed', 'open_ensemble', 'read_out_of_fold', 'blend_scores', 'blend_masks']
 
 # %% ../nbs/15_steps.ipynb #c81d0f24
 from dataclasses import dataclass
@@ -21,7 +21,8 @@ from .data import PredictionStore, Tiles, encode_masks, is_black, load_tiles, ma
 from .ensemble import Ensemble, Group, averaged_ahead, choose_pseudo_labels, decode_masks, in_pieces, read_pseudo_labels, weighted_mean
 from .metrics import bootstrap_interval, precision_at_iou
 from .mosaic import CLOSE, closest_known, mosaic_groups
-from .recipes import Members, Phase, Recipe, Step, fold_of, full_name, is_contaminated, previous_round, read_recipe, recipe_folder, recipe_steps, step_arguments, step_folder, step_inputs
+from .postprocess import correct_codes, find_sources, straight_masks, straight_rows
+from .recipes import Members, Phase, Recipe, Step, fold_of, full_name, is_contaminated, previous_round, read_recipe, recipe_folder, recipe_steps, rules_in_use, step_arguments, step_folder, step_inputs
 
 # %% ../nbs/15_steps.ipynb #ab82d517
 @dataclass
@@ -253,6 +254,18 @@ def round_ensemble(
 
     groups = step.recipe.rounds[step.step.round].ensemble.values()
     return Ensemble([Group({fold: stores(group, fold) for fold in step.recipe.folds.use}, group.stretch) for group in groups], ids)
+
+
+def correct_by_mosaics(
+    step: OpenStep,  # 'ensemble'
+    train: Tiles,  # all train tiles
+    ids: np.ndarray,  # test tiles
+    codes: list[str],  # their masks as RLE
+) -> tuple[list[str], int]:  # the masks after the rules; how many tiles the rules speak of
+    "Apply the mosaic rules that the recipe has in use in this round."
+    mosaics = pd.read_csv(step.folder_of("prepare") / "mosaics.csv", dtype={"id": str})
+    sources = find_sources(mosaics, dict(zip(train.ids, straight_rows(train.masks))), rules_in_use(step.recipe, step.step.round))
+    return correct_codes(ids, codes, straight_masks(sources, train)), len(sources)
 
 
 def count_choices(
