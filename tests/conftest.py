@@ -4,12 +4,17 @@ import signal
 import subprocess
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
 # Two workers share two cores: threads inside them would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# On a busy machine hypothesis' limit of 0.2 s an example says nothing about the code.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 # Each of these takes a minute or more. The second one makes the run that others in its file look at.

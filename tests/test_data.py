@@ -322,7 +322,7 @@ def test_folder_at_the_top_of_a_zip(root):
     assert check_data(root)[0] == "test.zip has no images/ID.png at its top."
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1), value=st.integers(0, 255), tail=st.booleans())
 def test_any_byte_of_a_zip_may_be_wrong(tmp_path, place, value, tail):
     root = tmp_path / "data"
@@ -340,7 +340,7 @@ def test_any_byte_of_a_zip_may_be_wrong(tmp_path, place, value, tail):
         pass
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_any_bytes_of_a_png_may_be_wrong(data):
     "With the checksums mended, so that the damage reaches the decoder."
@@ -366,7 +366,7 @@ def test_any_bytes_may_be_called_png(data):
             decode_png(content, "x.png")
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.one_of(st.binary(max_size=200), st.text(max_size=200).map(lambda text: b"id,z\n" + text.encode("utf8", "replace"))))
 def test_any_bytes_may_be_called_table(tmp_path, data):
     (tmp_path / "any.csv").write_bytes(data)
@@ -475,7 +475,6 @@ def test_folds_by_depth(depths, n, random):
     assert (make_folds(ids[shuffle], depths[shuffle], n) == folds[shuffle]).all()
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(-1, 8), st.one_of(st.just(float("nan")), st.floats(0, 1))), min_size=5, max_size=80),
        st.integers(2, 5), st.randoms(use_true_random=False))
 def test_folds_by_group(tiles, n, random):
