@@ -563,8 +563,8 @@ def blend_runs(
     given: list[str],  # RUN or RUN=WEIGHT, runs as in `compare_runs`
     out: str,  # a new folder: blend.ipynb, out_of_fold.csv, submission.csv
 ) -> None:
-    "Average finished runs. `SaltError` before work begins if a run is not finished, a weight is none, or the folder is in use."
-    from saltlib.steps import open_runs
+    "Average finished runs. `SaltError` before work begins if a run is not finished, a weight is none, the folder is in use, or the runs' tiles differ."
+    from saltlib.steps import check_same_tiles, open_runs
 
     if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
         raise SaltError(f"{out} is there already and not empty: delete it or name another folder for the mean of the runs.")
@@ -574,6 +574,7 @@ def blend_runs(
             raise SaltError(f"{run} gives no weight: write RUN or RUN=WEIGHT, with a number above 0.")
     root = project_root()
     runs = open_runs(list(names), root / "outputs")
+    check_same_tiles(runs)
     out = Path(out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     parameters = {"runs": [from_root(recipe_folder(run.recipe, run.outputs), root) for run in runs.values()], "weights": [float(weight) for weight in weights], "out": from_root(out, root)}

@@ -7,7 +7,8 @@ __all__ = ['OpenStep', 'open_step', 'step_folds', 'split_fold', 'pseudo_label_fi
            'training_tiles', 'fit_settings', 'describe_training', 'tiles_to_predict', 'round_ensemble',
            'correct_by_mosaics', 'count_choices', 'run_records', 'score_table', 'mean_row', 'scores_by_place',
            'compare_folds', 'run_histories', 'open_run', 'open_runs', 'different_settings', 'tile_scores',
-           'compare_scores', 'most_changed', 'open_ensemble', 'read_out_of_fold', 'blend_scores', 'blend_masks']
+           'compare_scores', 'most_changed', 'open_ensemble', 'read_out_of_fold', 'check_same_tiles', 'blend_scores',
+           'blend_masks']
 
 # %% ../nbs/15_steps.ipynb #c81d0f24
 from dataclasses import dataclass
@@ -443,15 +444,25 @@ def read_out_of_fold(
     return probs
 
 # %% ../nbs/15_steps.ipynb #5b7d20e4
+def check_same_tiles(
+    runs: dict[str, OpenStep],  # of `open_runs`
+) -> None:
+    "`SaltError` if the runs predicted different test tiles, or have no scored tile in common."
+    first, *others = (PredictionStore(run.folder / "predictions.zarr") for run in runs.values())
+    for store in others:
+        if different := set(first.ids) ^ set(store.ids):
+            raise SaltError(f"{store.path} holds other test tiles than {first.path} ({len(different)} differ, {min(different)} first): give runs on the same data.")
+    if tile_scores(runs).dropna().empty:
+        raise SaltError(f"{', '.join(runs)} have no scored tile in common: give runs on the same data.")
+
+
 def blend_scores(
     runs: dict[str, OpenStep],  # of `open_runs`
     weights: list[float],  # of each run's predictions
     train: Tiles,
 ) -> pd.DataFrame:  # a row a tile that all runs scored; precision of the weighted mean, then of each run
-    "What the mean of the runs scores out of fold. `SaltError` if they have no tile in common."
+    "What the mean of the runs scores out of fold."
     scores = tile_scores(runs).dropna()
-    if scores.empty:
-        raise SaltError(f"{', '.join(runs)} have no scored tile in common: give runs on the same data.")
     ensembles, precision = [open_ensemble(run) for run in runs.values()], []
     for rows in in_pieces(len(scores)):
         tiles = train[train.rows(scores.index[rows].to_numpy(str))]
@@ -465,13 +476,9 @@ def blend_masks(
     runs: dict[str, OpenStep],  # of `open_runs`
     weights: list[float],  # of each run's predictions
 ) -> tuple[np.ndarray, list[str]]:  # ids of the test tiles, in the order of the first run, and their masks as RLE
-    "Masks of the mean of the runs' last rounds. `SaltError` if they predicted different tiles."
+    "Masks of the mean of the runs' last rounds. `SaltError` (from the stores) where a run lacks a tile of the first."
     members = [(PredictionStore(run.folder / "predictions.zarr"), weight) for run, weight in zip(runs.values(), weights)]
-    ids = members[0][0].ids
-    for store, _ in members[1:]:
-        if different := set(ids) ^ set(store.ids):
-            raise SaltError(f"{store.path} holds other test tiles than {members[0][0].path} ({len(different)} differ, {min(different)} first): give runs on the same data.")
-    codes = []
+    ids, codes = members[0][0].ids, []
     for _, mean in averaged_ahead(lambda rows: weighted_mean(members, ids[rows]), in_pieces(len(ids))):
         codes += encode_masks(mean > 0.5)
     return ids, codes

@@ -201,6 +201,13 @@ def test_runs_are_averaged(finished, tmp_path):
     assert contrary.mean() < 0.5 * demo.mean()
     again = salt(project, "blend", "demo", "other", "--out", "outputs/mean", check=False)
     assert again.returncode == 1 and "not empty" in again.stderr
+    store = other / "round2/ensemble/predictions.zarr"
+    ids = PredictionStore(store).ids
+    shutil.rmtree(store)
+    PredictionStore.create(store, np.array(["elsewhere", *ids[1:]]))
+    strange = salt(project, "blend", "demo", "other", "--out", "outputs/strange", check=False)
+    assert strange.returncode == 1 and "other test tiles" in strange.stderr and "2 differ" in strange.stderr
+    assert not (project / "outputs/strange").exists()
 
 
 def test_pseudo_labels_of_a_fold_come_from_its_own_models(finished):
