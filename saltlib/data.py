@@ -7,7 +7,7 @@ __all__ = ['ID', 'SIZE', 'LARGEST_FILE', 'CHUNK', 'refuse', 'find_rows', 'shown'
            'TileFiles', 'folder_files', 'leaves_folder', 'zip_files', 'open_split', 'decode_all', 'stack_tiles',
            'Tiles', 'parse_depth', 'load_tiles', 'load_images', 'encode_masks', 'rle_encode', 'rle_decode',
            'write_rle_csv', 'read_rle_csv', 'check_ids', 'check_masks', 'check_data', 'refuse_bad_data', 'is_black',
-           'unique_pixels', 'make_folds', 'coverage_strata', 'deal_groups', 'write_folds', 'read_folds',
+           'unique_pixels', 'make_folds', 'coverage_strata', 'deal_groups', 'write_folds', 'read_folds', 'widen',
            'PredictionStore']
 
 # %% ../nbs/01_data.ipynb #db61189d
@@ -280,12 +280,14 @@ def stack_tiles(
     ids: list[str],
     problems: list[str],  # as in `decode_all`
     mask: bool = False,
-    before: np.ndarray | tuple = (),  # tiles [k,101,101] to put in front
-) -> np.ndarray:  # uint8 or bool [k+n,101,101]; valid only if no problem was found
+    front: np.ndarray | tuple = (),  # tiles [k,101,101] to put in front
+    back: np.ndarray | tuple = (),  # tiles [l,101,101] to put behind
+) -> np.ndarray:  # uint8 or bool [k+n+l,101,101]; valid only if no problem was found
     "Decode many tiles into one array."
-    tiles = np.zeros((len(before) + len(ids), SIZE, SIZE), bool if mask else np.uint8)
-    tiles[: len(before)] = np.reshape(before, (-1, SIZE, SIZE))
-    for (_, pixels), tile in zip(decode_all(files, ids, problems, mask), tiles[len(before) :]):
+    first, end = len(front), len(front) + len(ids)
+    tiles = np.zeros((end + len(back), SIZE, SIZE), bool if mask else np.uint8)
+    tiles[:first], tiles[end:] = (np.reshape(others, (-1, SIZE, SIZE)) for others in (front, back))
+    for (_, pixels), tile in zip(decode_all(files, ids, problems, mask), tiles[first:]):
         tile[:] = pixels
     return tiles
 
@@ -322,6 +324,7 @@ def load_tiles(
     root: str | Path,  # data folder
     split: str,  # 'train' or 'test'
     after: Tiles | None = None,  # put the test tiles behind these, in one array: joining two would take twice the memory
+    before: Tiles | None = None,  # put the test tiles in front of these
 ) -> Tiles:  # of the split, sorted by id
     "All tiles of a split. `SaltError` naming the files and ids if a tile, mask or depth is missing or unreadable."
     cells, problems = read_by_id(Path(root) / "depths.csv", "z")
@@ -331,16 +334,15 @@ def load_tiles(
         with open_split(root, split) as files:
             problems += [problem for kind in files.values() for problem in kind.problems]
             ids = sorted(files["images"].entries)
-            images = stack_tiles(files["images"], ids, problems, before=after.images if after else ())
+            images = stack_tiles(files["images"], ids, problems, front=after.images if after else (), back=before.images if before else ())
             if "masks" in files:
                 masks = stack_tiles(files["masks"], ids, problems, mask=True)
     except SaltError as error:
         raise SaltError(f"{root}: {error}") from None
     refuse(problems + [f"depths.csv has no depth for {id}." for id in ids if depths.get(id) is None], root)
     ids, depths = np.array(ids, dtype=str), np.array([depths[id] for id in ids], dtype=int)
-    if after:
-        ids, depths = np.concatenate([after.ids, ids]), np.concatenate([after.depths, depths])
-    return Tiles(ids, images, masks, depths)
+    order = [tiles for tiles in (after, Tiles(ids, images, masks, depths), before) if tiles is not None]
+    return Tiles(np.concatenate([tiles.ids for tiles in order]), images, masks, np.concatenate([tiles.depths for tiles in order]))
 
 # %% ../nbs/01_data.ipynb #850696bb
 def load_images(
@@ -588,6 +590,17 @@ def read_folds(
 CHUNK = 64  # tiles
 
 
+def widen(
+    halves: np.ndarray,  # float16, finite and not negative
+) -> np.ndarray:  # float32, the same numbers
+    "What `astype` does, in an eighth of its time: the bits go to their new places, and the product mends the exponent, which counts from 15 in one and from 127 in the other."
+    bits = halves.view(np.uint16).astype(np.uint32)
+    bits <<= 13
+    numbers = bits.view(np.float32)
+    numbers *= 2 ** (127 - 15)
+    return numbers
+
+
 class PredictionStore:
     "Probabilities by id, on disk, written chunk by chunk."
 
@@ -693,8 +706,8 @@ class PredictionStore:
         rows = np.arange(len(self.ids)) if ids is None else find_rows(self._row_of, ids, str(self.path))
         if missing := np.count_nonzero(~self._flags[rows // CHUNK]):
             raise SaltError(f"{self.path} lacks the predictions of {missing} of {len(rows)} tiles: finish the step that writes it.")
-        probs = np.empty((len(rows), *self._probs.shape[1:]), np.float32)
+        halves = np.empty((len(rows), *self._probs.shape[1:]), np.float16)
         for chunk in np.unique(rows // CHUNK).tolist():
             here = np.flatnonzero(rows // CHUNK == chunk)
-            probs[here] = self._chunk(chunk)[rows[here] - chunk * CHUNK]
-        return probs
+            halves[here] = self._chunk(chunk)[rows[here] - chunk * CHUNK]
+        return widen(halves)

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['AHEAD', 'PIXELS', 'DEALT', 'weighted_mean', 'in_pieces', 'averaged_ahead', 'stretch', 'confidence',
            'pseudo_label_table', 'deal', 'choose_pseudo_labels', 'read_pseudo_labels', 'decode_masks', 'Group',
-           'group_means', 'group_ends', 'Ensemble', 'average_round', 'score_out_of_fold', 'member_table',
+           'group_means', 'group_ends', 'Ensemble', 'read_ends', 'average_round', 'score_out_of_fold', 'member_table',
            'disagreement', 'tile_disagreement', 'out_of_fold_pieces', 'scores_by_disagreement', 'count_pseudo_labels']
 
 # %% ../nbs/11_ensemble.ipynb #9a0ba636
+import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import SaltError
-from .data import PredictionStore, Tiles, encode_masks, is_black, rle_decode, unique_pixels
+from .core import SaltError, read_json, write_atomic
+from .data import CHUNK, PredictionStore, Tiles, encode_masks, rle_decode, unique_pixels
 from .metrics import bootstrap_interval, coverage_class, precision_at_iou
 
 # %% ../nbs/11_ensemble.ipynb #b89dd878
@@ -31,13 +32,15 @@ def weighted_mean(
     total = sum(weight for _, weight in members)
     mean = np.zeros((len(ids), 101, 101), np.float32)
     for store, weight in members:
-        mean += (weight / total) * store.read(ids)
+        probs = store.read(ids)
+        probs *= weight / total
+        mean += probs
     return mean
 
 
 def in_pieces(
     n: int,  # how many
-    size: int = 128,  # tiles a piece; whole chunks of the store, and little enough for the caches
+    size: int = CHUNK,  # tiles a piece
 ) -> Iterator[slice]:
     "Slices that cover 0..n."
     for first in range(0, n, size):
@@ -81,13 +84,13 @@ def confidence(
 
 def pseudo_label_table(
     ids: np.ndarray,  # test tiles
-    images: np.ndarray,  # uint8 [N,101,101]
+    greys: np.ndarray,  # int [N], of `unique_pixels`
     probs: np.ndarray,  # mean probabilities [N,101,101]
 ) -> pd.DataFrame:  # id, unique_pixels, mask_pixels, confidence, rle_mask
     "What the ensemble says about tiles without masks, and how sure it is."
     masks = probs > 0.5
     return pd.DataFrame({
-        "id": ids, "unique_pixels": unique_pixels(images), "mask_pixels": masks.sum(axis=(1, 2)),
+        "id": ids, "unique_pixels": greys, "mask_pixels": masks.sum(axis=(1, 2)),
         "confidence": confidence(probs).round(6), "rle_mask": encode_masks(masks),
     })
 
@@ -191,10 +194,19 @@ class Ensemble:
     "The groups of a round; `SaltError` (from the stores) where a member lacks a tile."
     groups: list[Group]
     ids: np.ndarray  # all test tiles
+    ends: list[dict[int | None, tuple[float, float]]] | None = None  # of `read_ends`; None: they are found, for which all members of a stretched group are read
 
     def __post_init__(self):
         self.folds = list(self.groups[0].members)
-        self.ends = [group_ends(group, self.ids) for group in self.groups]
+        if self.ends is None:
+            self.ends = [group_ends(group, self.ids) for group in self.groups]
+
+    def write_ends(
+        self,
+        path: str | Path,
+    ) -> None:
+        "Keep the ends of all groups for `read_ends`."
+        write_atomic(path, json.dumps([[(fold, *ends) for fold, ends in group.items()] for group in self.ends]) + "\n")
 
     def test_means(
         self,
@@ -212,6 +224,13 @@ class Ensemble:
         "Mean over the groups, out of fold."
         return sum(stretch(weighted_mean(g.members[fold], ids), *e[fold]) for g, e in zip(self.groups, self.ends)) / len(self.groups)
 
+
+def read_ends(
+    path: str | Path,  # of `Ensemble.write_ends`
+) -> list[dict[int | None, tuple[float, float]]]:  # of each group, as `group_ends`
+    "Between which values the groups of an ensemble are stretched."
+    return [{fold: (low, high) for fold, low, high in group} for group in read_json(path)]
+
 # %% ../nbs/11_ensemble.ipynb #57dd8c5e
 def average_round(
     ensemble: Ensemble,
@@ -222,11 +241,12 @@ def average_round(
     "Average the members over the test tiles, piece by piece; black tiles count as 0."
     tables = {fold: [] for fold in (*(ensemble.folds if clean else ()), None)}
     for rows, means in averaged_ahead(lambda rows: ensemble.test_means(ensemble.ids[rows]), in_pieces(len(images))):
-        black = is_black(images[rows])[:, None, None]
-        means = {fold: np.where(black, 0, mean) for fold, mean in means.items()}
+        greys = unique_pixels(images[rows])
+        for mean in means.values():
+            mean[greys == 1] = 0
         store.write(rows, means[None])
         for fold, pieces in tables.items():
-            pieces.append(pseudo_label_table(ensemble.ids[rows], images[rows], means[fold]))
+            pieces.append(pseudo_label_table(ensemble.ids[rows], greys, means[fold]))
     return {fold: pd.concat(pieces, ignore_index=True) for fold, pieces in tables.items()}
 
 # %% ../nbs/11_ensemble.ipynb #b53543db

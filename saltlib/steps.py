@@ -11,7 +11,9 @@ __all__ = ['OpenStep', 'open_step', 'step_folds', 'split_fold', 'pseudo_label_fi
            'blend_masks']
 
 # %% ../nbs/15_steps.ipynb #c81d0f24
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ import pandas as pd
 
 from .core import RunRecord, SaltError, checksum, derive_seed, git_commit, read_record, versions
 from .data import PredictionStore, Tiles, encode_masks, is_black, load_tiles, make_folds, read_folds
-from .ensemble import Ensemble, Group, averaged_ahead, choose_pseudo_labels, decode_masks, in_pieces, read_pseudo_labels, weighted_mean
+from .ensemble import Ensemble, Group, averaged_ahead, choose_pseudo_labels, decode_masks, in_pieces, read_ends, read_pseudo_labels, weighted_mean
 from .metrics import bootstrap_interval, precision_at_iou
 from .mosaic import CLOSE, closest_known, mosaic_groups
 from .postprocess import correct_codes, find_sources, straight_masks, straight_rows
@@ -104,9 +106,11 @@ def open_step(
     folder = step_folder(recipe, step, outputs)
     folder.mkdir(parents=True, exist_ok=True)
     opened = OpenStep(recipe, step, outputs, RunRecord(folder, kind, step_arguments(recipe, step)))
-    for needed in opened.input_folders():
-        if read_record(needed, verify=True) is None:
-            raise SaltError(f"Step '{step}' reads {needed}, which is not done: run that step first, or let 'salt run' do so.")
+    folders = opened.input_folders()
+    with ThreadPoolExecutor() as pool:  # checksums of 40 members' predictions
+        for needed, record in zip(folders, pool.map(partial(read_record, verify=True), folders)):
+            if record is None:
+                raise SaltError(f"Step '{step}' reads {needed}, which is not done: run that step first, or let 'salt run' do so.")
     return opened
 
 # %% ../nbs/15_steps.ipynb #ca0ad5fa
@@ -238,15 +242,16 @@ def describe_training(
 def tiles_to_predict(
     step: OpenStep,  # 'predict'
 ) -> tuple[np.ndarray, np.ndarray]:  # ids, images uint8
-    "The fold's own validation tiles (out of fold) and all test tiles."
+    "All test tiles, then the fold's own validation tiles (out of fold). So the test tiles lie in the same chunks of every member's store, and no chunk is read twice."
     _, valid = split_fold(step)
-    tiles = load_tiles(step.recipe.data, "test", after=valid)
+    tiles = load_tiles(step.recipe.data, "test", before=valid)
     return tiles.ids, tiles.images
 
 
 def round_ensemble(
     step: OpenStep,  # 'ensemble'
     ids: np.ndarray,  # all test tiles
+    ends: list | None = None,  # as in `Ensemble`
 ) -> Ensemble:
     "The predictions that a round averages, in their groups."
     def stores(group: Members, fold: int):
@@ -254,7 +259,7 @@ def round_ensemble(
         return [(PredictionStore(step.folder_of("predict", *name, fold) / "predictions.zarr"), weight) for name, weight in names]
 
     groups = step.recipe.rounds[step.step.round].ensemble.values()
-    return Ensemble([Group({fold: stores(group, fold) for fold in step.recipe.folds.use}, group.stretch) for group in groups], ids)
+    return Ensemble([Group({fold: stores(group, fold) for fold in step.recipe.folds.use}, group.stretch) for group in groups], ids, ends)
 
 
 def correct_by_mosaics(
@@ -428,7 +433,8 @@ def open_ensemble(
     run: OpenStep,  # of `open_run`
 ) -> Ensemble:
     "The predictions that the last round averaged."
-    return round_ensemble(run, pd.read_csv(run.folder / "pseudo_labels" / "all.csv", dtype={"id": str}, usecols=["id"])["id"].to_numpy(str))
+    ids = pd.read_csv(run.folder / "pseudo_labels" / "all.csv", dtype={"id": str}, usecols=["id"])["id"].to_numpy(str)
+    return round_ensemble(run, ids, read_ends(run.folder / "ends.json"))
 
 
 def read_out_of_fold(
