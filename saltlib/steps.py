@@ -434,7 +434,8 @@ def open_ensemble(
 ) -> Ensemble:
     "The predictions that the last round averaged."
     ids = pd.read_csv(run.folder / "pseudo_labels" / "all.csv", dtype={"id": str}, usecols=["id"])["id"].to_numpy(str)
-    return round_ensemble(run, ids, read_ends(run.folder / "ends.json"))
+    ends = run.folder / "ends.json"  # missing in a run from before they were kept: found again, at the price of a pass over the members
+    return round_ensemble(run, ids, read_ends(ends) if ends.exists() else None)
 
 
 def read_out_of_fold(
