@@ -706,8 +706,11 @@ class PredictionStore:
         rows = np.arange(len(self.ids)) if ids is None else find_rows(self._row_of, ids, str(self.path))
         if missing := np.count_nonzero(~self._flags[rows // CHUNK]):
             raise SaltError(f"{self.path} lacks the predictions of {missing} of {len(rows)} tiles: finish the step that writes it.")
+        chunks = np.unique(rows // CHUNK).tolist()
+        if len(chunks) == 1:  # without a copy more
+            return widen(self._chunk(chunks[0])[rows - chunks[0] * CHUNK])
         halves = np.empty((len(rows), *self._probs.shape[1:]), np.float16)
-        for chunk in np.unique(rows // CHUNK).tolist():
+        for chunk in chunks:
             here = np.flatnonzero(rows // CHUNK == chunk)
             halves[here] = self._chunk(chunk)[rows[here] - chunk * CHUNK]
         return widen(halves)
