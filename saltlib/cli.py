@@ -342,7 +342,7 @@ def training_passes(
     if step.kind == "predict":
         return len(phase.files(step.fold)) * 2 * (valid + test) / 3
     chosen = sum(max(runs) for *_, runs in DEALT) * test / 18_000 if phase.pseudo_labels.deal else test
-    tiles = (phase.data != "pseudo") * (train - valid) + (phase.data != "train") * chosen
+    tiles = phase.data.tiles if phase.synthetic else (phase.data != "pseudo") * (train - valid) + phase.pseudo * chosen
     return phase.total_epochs * ((phase.draws or 1) * tiles + valid / 3)
 
 

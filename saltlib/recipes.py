@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Name', 'PhaseName', 'Snapshots', 'Strict', 'AdamW', 'RMSprop', 'SGD', 'OneCycle', 'Plateau', 'Cosine', 'PseudoLabels',
-           'Phase', 'Members', 'Round', 'Folds', 'Recipe', 'full_name', 'set_value', 'count_values', 'parse_recipe',
-           'read_recipe', 'recipe_folder', 'write_recipe', 'Step', 'fold_of', 'members', 'recipe_steps',
+           'Synthetic', 'Phase', 'Members', 'Round', 'Folds', 'Recipe', 'full_name', 'set_value', 'count_values',
+           'parse_recipe', 'read_recipe', 'recipe_folder', 'write_recipe', 'Step', 'fold_of', 'members', 'recipe_steps',
            'previous_round', 'step_inputs', 'trainings_beside', 'is_contaminated', 'step_folder', 'rules_in_use',
            'step_arguments']
 
@@ -77,6 +77,16 @@ class PseudoLabels(Strict):
     deal: bool = False  # deal them to the folds, by classes of mask size (method, section 7)
 
 
+class Synthetic(Strict):
+    "Tiles that the phase makes for itself, 40 a section (saltlib.synthetic)."
+    sections: int = Field(ge=1)
+
+    @property
+    def tiles(self) -> int:
+        "How many there are."
+        return 40 * self.sections
+
+
 Snapshots = Annotated[tuple[int, ...], Field(min_length=1)]
 
 
@@ -84,7 +94,7 @@ class Phase(Strict):
     "One training of one network, done for every fold in use."
     model: Literal["bes_resnext50", "phalanx_v4", "phalanx_v3", "phalanx_v5", "compact", "lite2_at_96", "lite2_at_128", "lite2_at_224"]  # a network of saltlib.models
     start: str = "imagenet"  # 'imagenet', 'scratch', or 'round/phase': what that phase's `weights` names, of the same fold
-    data: Literal["train", "train+pseudo", "pseudo"] = "train"  # 'pseudo' are the pseudo-labels of the round before
+    data: Literal["train", "train+pseudo", "pseudo"] | Synthetic = "train"  # 'pseudo' are the pseudo-labels of the round before; from synthetic sections there is one training for all folds, watched on fold 0
     pseudo_labels: PseudoLabels = PseudoLabels()  # which of them
     shared: bool = False  # one training for all folds, watched on fold 0; only where pseudo-labels are not kept apart by fold
     black_tiles: Literal["nowhere", "validation", "everywhere"] = "validation"  # where tiles of a single grey value take part
@@ -127,6 +137,16 @@ class Phase(Strict):
         "The weights that predictions use."
         which = self.fold_snapshots.get(fold, self.weights)
         return [f"weights/{name}.safetensors" for name in ([which] if isinstance(which, str) else [f"snapshot{k}" for k in which])]
+
+    @property
+    def synthetic(self) -> bool:
+        "Does the phase learn from synthetic sections, which no fold holds back?"
+        return isinstance(self.data, Synthetic)
+
+    @property
+    def pseudo(self) -> bool:
+        "Does the phase learn from pseudo-labels?"
+        return self.data in ("train+pseudo", "pseudo")
 
     @property
     def cycle(self) -> int | None:
@@ -196,16 +216,16 @@ class Recipe(Strict):
                     raise ValueError(f"{where} is a {phase.model} and can't start from {phase.start}, which is a {start.model}")
                 if start and (not isinstance(start.weights, str) or start.fold_snapshots):
                     raise ValueError(f"{where} starts from {phase.start}, which keeps several snapshots: set its weights to last or best")
-                if phase.shared and start and not start.shared:
+                if phase.shared and start and not (start.shared or start.synthetic) or phase.synthetic and start and not start.synthetic:
                     raise ValueError(f"{where} is shared by all folds and can't start from {phase.start}, which each fold has its own of")
-                if phase.data != "train" and i == 0:
+                if phase.pseudo and i == 0:
                     raise ValueError(f"{where} wants pseudo-labels, but no round comes before it")
                 known[where] = phase
             for name, group in round_.ensemble.items():
                 for member in group.members:
                     if (path := full_name(round_name, member)) not in known:
                         raise ValueError(f"the ensemble of {round_name} names {member}: choose among the phases of this round and those before it {list(known)}")
-                    if known[path].shared:
+                    if known[path].shared or known[path].synthetic:
                         raise ValueError(f"the ensemble of {round_name} names {member}, which is shared by all folds and has no predictions out of fold")
         return self
 
@@ -334,7 +354,8 @@ def fold_of(
     fold: int | None,  # of the step that asks
 ) -> int | None:  # None: the phase has one training for all folds
     "Whose training of a phase belongs to a fold. Where pseudo-labels are kept apart by fold, nothing learned from them is shared."
-    return None if recipe.rounds[round].phases[phase].shared and not recipe.clean_pseudo_labels else fold
+    settings = recipe.rounds[round].phases[phase]
+    return None if settings.synthetic or settings.shared and not recipe.clean_pseudo_labels else fold
 
 
 def members(
@@ -379,7 +400,7 @@ def step_inputs(
         phase = recipe.rounds[step.round].phases[step.phase]
         before = phase.start.split("/") if "/" in phase.start else None
         start = [Step("train", *before, fold_of(recipe, *before, step.fold))] if before else []
-        pseudo = [Step("ensemble", previous_round(recipe, step.round))] if phase.data != "train" else []
+        pseudo = [Step("ensemble", previous_round(recipe, step.round))] if phase.pseudo else []
         return [Step("prepare"), *start, *pseudo]
     if step.kind == "predict":
         return [Step("prepare"), Step("train", step.round, step.phase, step.fold)]

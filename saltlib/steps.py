@@ -26,6 +26,7 @@ from .metrics import bootstrap_interval, precision_at_iou
 from .mosaic import CLOSE, closest_known, mosaic_groups
 from .postprocess import correct_codes, find_sources, straight_masks, straight_rows
 from .recipes import Members, Phase, Recipe, Step, fold_of, full_name, is_contaminated, previous_round, read_recipe, recipe_folder, recipe_steps, rules_in_use, step_arguments, step_folder, step_inputs
+from .synthetic import make_tiles
 
 # %% ../nbs/15_steps.ipynb #ab82d517
 @dataclass
@@ -176,13 +177,15 @@ def join_tiles(
 def training_tiles(
     step: OpenStep,  # 'train'
 ) -> tuple[Tiles, Tiles]:  # tiles to learn from, tiles to be scored on
-    "The tiles of a training: train tiles, pseudo-labelled test tiles or both, black ones where the phase wants them. `SaltError` if fewer than two are left."
+    "The tiles of a training: train tiles, pseudo-labelled test tiles or both, or synthetic ones; black ones where the phase wants them. `SaltError` if fewer than two are left."
     (train, valid), phase, place = split_fold(step), step.phase, step.step
+    if phase.synthetic:
+        train = make_tiles(phase.data.sections, derive_seed(step.recipe.seed, place.round, place.phase, "sections"))
     if phase.black_tiles != "everywhere":
         train = train[~is_black(train.images)]
     if phase.black_tiles == "nowhere":
         valid = valid[~is_black(valid.images)]
-    if phase.data != "train":
+    if phase.pseudo:
         table = read_pseudo_labels(file := pseudo_label_file(step, place.fold))
         table = table[choose_for_phase(step.recipe, place.round, place.phase, place.fold, table)]
         test = load_tiles(step.recipe.data, "test")
@@ -223,7 +226,7 @@ def describe_training(
     topics = {
         "step": f"{step.recipe.name}: {step.step}",
         "network": f"{settings['model']} from {start}",
-        "learns from": f"{len(train)} tiles ({step.phase.data}), augmentation {settings['augment']}, loss {settings['loss']}",
+        "learns from": f"{len(train)} tiles ({'synthetic' if step.phase.synthetic else step.phase.data}), augmentation {settings['augment']}, loss {settings['loss']}",
         "scored on": f"{len(valid)} tiles of fold {step.step.fold or 0} (folds by {step.recipe.folds.file or step.recipe.folds.by})",
         "contaminated": "by pseudo-labels" if step.contaminated else "no",
         "epochs": f"{step.phase.total_epochs} at most, batches of {settings['batch_size']}, learning rate {settings['lr']:g}",
@@ -282,7 +285,7 @@ def count_choices(
     recipe, names = step.recipe, list(step.recipe.rounds)
     counts = {}
     for name in names[names.index(step.step.round) + 1 :][:1]:
-        for phase in (p for p, settings in recipe.rounds[name].phases.items() if settings.data != "train"):
+        for phase in (p for p, settings in recipe.rounds[name].phases.items() if settings.pseudo):
             folds = dict.fromkeys(fold_of(recipe, name, phase, fold) for fold in recipe.folds.use)
             chosen = {fold: choose_for_phase(recipe, name, phase, fold, tables.get(fold, tables[None])).sum() for fold in folds}
             counts[phase] = {"all folds" if fold is None else f"fold {fold}": n for fold, n in chosen.items()}
