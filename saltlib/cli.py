@@ -340,7 +340,7 @@ def training_passes(
     phase, (train, test) = recipe.rounds[step.round].phases[step.phase], count_tiles(recipe.data)
     valid = train / recipe.folds.n
     if step.kind == "predict":
-        return len(phase.files(step.fold)) * 2 * (valid + test) / 3
+        return len(phase.files(step.fold)) * len(phase.prediction_models) * 2 * (valid + test) / 3
     chosen = sum(max(runs) for *_, runs in DEALT) * test / 18_000 if phase.pseudo_labels.deal else test
     tiles = phase.data.tiles if phase.synthetic else (phase.data != "pseudo") * (train - valid) + phase.pseudo * chosen
     return phase.total_epochs * ((phase.draws or 1) * tiles + valid / 3)
@@ -623,8 +623,8 @@ def run_members(
                 folder = models / step_folder(recipe, Step("train", round, phase, fold), "").relative_to(recipe.name)
                 if read_record(folder, verify=True) is None:
                     raise SaltError(f"{folder} holds no trained network: finish the run first (salt run {recipe.name}).")
-                files = settings.files(fold)
-                found += [Member(folder / file, settings.model, group_name, weight / len(files), group.stretch) for file in files]
+                ways = [(folder / file, model) for file in settings.files(fold) for model in settings.prediction_models]
+                found += [Member(file, model, group_name, weight / len(ways), group.stretch) for file, model in ways]
     return found
 
 
@@ -664,7 +664,7 @@ def predict_folder(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         means = {group: np.lib.format.open_memmap(f"{scratch}/{group}.npy", "w+", np.float32, tiles.shape) for group in {m.group for m in members}}
         for k, member in enumerate(members):
-            print(f"network {k + 1} of {len(members)}: {member.path.name}, {len(ids)} tiles", flush=True)
+            print(f"network {k + 1} of {len(members)}: {member.path.name} as {member.model}, {len(ids)} tiles", flush=True)
             network = load_networks(member.model, [member.path])[0] if member.path.suffix == ".safetensors" else load_published(member.path, member.model)
             part = member.weight / sum(m.weight for m in members if m.group == member.group)
             predictor = Predictor(network, member.model, len(ids), device=device)

@@ -8,7 +8,7 @@ __all__ = ['WORTH_IT', 'import_openvino', 'EncoderPart', 'DecoderPart', 'to_prog
 
 # %% ../nbs/10_inference.ipynb #5d4e4ecc
 import sys, warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -212,14 +212,14 @@ def predict_mean(
 def predict_to_store(
     networks: list[torch.nn.Module],  # of the same kind; the mean of their predictions is stored
     images: np.ndarray,  # uint8 [N,101,101], in the order of the store's ids
-    model_name: str,
+    model_names: Sequence[str],  # the networks' name; several: each network predicts at the size of each, and all is averaged
     store: PredictionStore,
     device: str = "auto",
     precision: str = "auto",
 ) -> Iterator[int]:  # tiles that are stored so far, after each piece
     "Predict what the store lacks, piece by piece."
     pieces = store.pending()
-    predictors = [Predictor(network, model_name, len(images), device=device, precision=precision) for network in networks if pieces]
+    predictors = [Predictor(network, name, len(images), device=device, precision=precision) for network in networks for name in model_names if pieces]
     before = None
     for rows in [*pieces, None]:
         parts = [predictor.start(images[rows]) for predictor in predictors] if rows else []

@@ -439,6 +439,7 @@ MODELS = {
     "compact": Network(partial(lite_unet, "lite0"), None, 96, (0, 0), "reflect", centred_grey, False),
     "lite2_at_96": Network(partial(lite_unet, "lite2"), None, 96, (0, 0), "reflect", centred_grey, False),
     "lite2_at_128": Network(partial(lite_unet, "lite2"), None, 128, (0, 0), "reflect", centred_grey, False),
+    "lite2_at_160": Network(partial(lite_unet, "lite2"), None, 160, (0, 0), "reflect", centred_grey, False),
     "lite2_at_224": Network(partial(lite_unet, "lite2"), None, 192, (16, 16), "reflect", centred_grey, False),
 }
 

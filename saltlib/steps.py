@@ -55,10 +55,10 @@ class OpenStep:
 
     @property
     def weight_checksums(self) -> dict:  # plain values, for the store of predictions
-        "Which weights a predict step uses, so that it never goes on with predictions of others."
+        "Which weights a predict step uses, and at which other sizes, so that it never goes on with predictions of others."
         trained = self.folder_of("train", self.step.round, self.step.phase, self.step.fold)
         files = read_record(trained)["files"]
-        return {name: files[name] for name in self.phase.files(self.step.fold)}
+        return {name: files[name] for name in self.phase.files(self.step.fold)} | ({"predict_as": list(self.phase.predict_as)} if self.phase.predict_as else {})
 
     @property
     def contaminated(self) -> bool:
@@ -201,7 +201,7 @@ def fit_settings(
     step: OpenStep,  # 'train'
 ) -> dict:  # arguments of saltlib.training.fit_phase
     "How the phase is trained; its seed belongs to round, phase and fold, so folds don't share random numbers."
-    settings = step.phase.model_dump(exclude={"data", "pseudo_labels", "shared", "black_tiles", "weights", "fold_snapshots"})
+    settings = step.phase.model_dump(exclude={"data", "pseudo_labels", "shared", "black_tiles", "weights", "fold_snapshots", "predict_as"})
     if "/" in step.phase.start:
         round, phase = step.phase.start.split("/")
         fold = fold_of(step.recipe, round, phase, step.step.fold)

@@ -86,7 +86,7 @@ def predictions(root: Path) -> None:
     for k in range(2):
         torch.manual_seed(k)
         store = PredictionStore.create(root / f"{k}.zarr", tiles.ids)
-        for _ in predict_to_store([Tiny()], tiles.images, "compact", store, device="cpu"):
+        for _ in predict_to_store([Tiny()], tiles.images, ["compact"], store, device="cpu"):
             pass
         assert store.complete
 

@@ -99,13 +99,13 @@ def test_an_interrupted_store_ends_with_the_same_bytes(tiles, monkeypatch, tmp_p
     stores = []
     for name, stop in (("whole", None), ("twice", 1)):
         store = PredictionStore.create(tmp_path / name, ids)
-        for done in predict_to_store(networks, many, "small", store, device="cpu"):
+        for done in predict_to_store(networks, many, ["small"], store, device="cpu"):
             if stop:
                 break
         if stop:
             assert done == 64 and not store.complete
             store = PredictionStore.create(tmp_path / name, ids)
-            assert list(predict_to_store(networks, many, "small", store, device="cpu")) == [128, 150]
+            assert list(predict_to_store(networks, many, ["small"], store, device="cpu")) == [128, 150]
         assert store.complete
         stores.append(checksum(tmp_path / name))
     assert stores[0] == stores[1]
@@ -116,5 +116,5 @@ def test_converted_once_for_all_pieces(tiles, always, monkeypatch, tmp_path):
     monkeypatch.setattr(saltlib.inference, "compile_network", lambda *args: calls.append(args))
     monkeypatch.setitem(MODELS, "small", Network(Small, None, 96, (0, 0), "reflect", raw_grey, False))
     store = PredictionStore.create(tmp_path / "store", np.arange(150).astype(str))
-    assert list(predict_to_store([Small()], np.concatenate([tiles] * 4)[:150], "small", store, device="cpu", precision="bfloat16")) == [64, 128, 150]
+    assert list(predict_to_store([Small()], np.concatenate([tiles] * 4)[:150], ["small"], store, device="cpu", precision="bfloat16")) == [64, 128, 150]
     assert len(calls) == 1

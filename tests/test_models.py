@@ -23,6 +23,7 @@ METHOD = {
     "compact": (96, (0, 0), cv2.BORDER_REFLECT_101, 32),
     "lite2_at_96": (96, (0, 0), cv2.BORDER_REFLECT_101, 32),
     "lite2_at_128": (128, (0, 0), cv2.BORDER_REFLECT_101, 32),
+    "lite2_at_160": (160, (0, 0), cv2.BORDER_REFLECT_101, 32),
     "lite2_at_224": (192, (16, 16), cv2.BORDER_REFLECT_101, 32),
 }
 each = pytest.mark.parametrize("name", MODELS)

@@ -21,6 +21,7 @@ from filelock import FileLock
 from saltlib import cli
 from saltlib.core import read_record
 from saltlib.data import PredictionStore, load_tiles, read_rle_csv, rle_decode
+from saltlib.inference import load_networks, predict_mean
 from saltlib.metrics import precision_at_iou
 from saltlib.nursery import fork_kernel, nursery
 from saltlib.postprocess import find_sources, straight_masks, straight_rows
@@ -354,13 +355,37 @@ def test_trainings_alone_need_the_folds_and_the_train_tiles(tmp_path):
     assert all(done.values()) and set(records(project, "compact")) == set(done)
 
 
-def test_trainings_that_can_be_at_work_together_share_the_cores(tmp_path):
+def test_one_training_predicts_at_two_sizes_then_at_one(tmp_path):
+    project = make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=8)
+    phase = "model: lite2_at_96, start: scratch, epochs: 1, batch_size: 8, lr: 1e-3, loss: bce_dice"
+    ask = lambda sizes: ["run", "compact", "--data", "data/demo", "--set", f"rounds.round1.phases={{only: {{{phase}, predict_as: [{sizes}]}}}}", "--set", "rounds.round1.ensemble={only: 1}"]
+    salt(project, *ask("lite2_at_96, lite2_at_128"))
+    fold, before = project / "outputs/compact/round1/only/fold0", records(project, "compact")
+    tiles, (network,) = load_tiles(project / "data/demo", "test"), load_networks("lite2_at_96", [fold / "train/weights/last.safetensors"])
+    at = {side: predict_mean([network], tiles.images, f"lite2_at_{side}", device="cpu") for side in (96, 128)}
+    stored = lambda: PredictionStore(fold / "predict/predictions.zarr").read(tiles.ids)
+    np.testing.assert_allclose(stored(), (at[96] + at[128]) / 2, atol=0.01)
+    assert np.abs(at[96] - at[128]).max() > 0.02  # else this test could not tell them apart
+    assert [(member.model, member.weight) for member in cli.run_members(project / "outputs/compact")] == [("lite2_at_96", 0.5), ("lite2_at_128", 0.5)]
+
+    refused = salt(project, *ask(""), check=False)
+    assert refused.returncode and "fold0/predict was made with other settings" in refused.stderr and "predict_as" in refused.stderr
+    for made in (fold / "predict", project / "outputs/compact/report"):  # the report shows the settings
+        shutil.rmtree(made)
+    salt(project, *ask(""))
+    np.testing.assert_allclose(stored(), at[96], atol=0.01)
+    assert records(project, "compact")["round1/only/fold0/train"] == before["round1/only/fold0/train"]
+
+
+@pytest.mark.parametrize("name, threads", [("compact", {"3"}), ("modern", {"1"})])
+def test_trainings_that_can_be_at_work_together_share_the_cores(tmp_path, name, threads):
     project = make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=4)
-    folder = write_recipe(read_recipe(ROOT / "nbs/runs/recipes/modern.yaml", ["data=data/demo"]), project / "outputs").parent
+    recipe = read_recipe(ROOT / f"nbs/runs/recipes/{name}.yaml", ["data=data/demo"])
+    folder = write_recipe(recipe, project / "outputs").parent
     command = [sys.executable, "-m", "snakemake", "--dry-run", "--printshellcmds", "--snakefile", ROOT / "nbs/runs/Snakefile", "--directory", folder, "--cores", "3", "--config", "gpu=0", "cores=3"]
     shown = subprocess.run(command, capture_output=True, text=True).stdout
-    threads = dict(re.findall(r"step .* train --round round1 --phase (\w+) --fold 0 --threads (\d)", shown))
-    assert threads == {"start": "3", "lovasz": "3", "large": "1", "symmetric": "1"}, shown
+    given = dict(re.findall(r"step .* train --round round1 --phase (\w+) --fold 0 --threads (\d)", shown))
+    assert set(given) == set(recipe.rounds["round1"].phases) and set(given.values()) == threads, shown
 
 
 def test_no_kernel_is_forked_with_a_library_that_has_changed(tmp_path, monkeypatch):
