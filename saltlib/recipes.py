@@ -163,6 +163,11 @@ class Phase(Strict):
         return self.predict_as or (self.model,)
 
     @property
+    def recorded_sizes(self) -> dict[str, list[ModelName]]:
+        "What records of predictions say of `predict_as`: nothing where it is not set."
+        return {"predict_as": list(self.predict_as)} if self.predict_as else {}
+
+    @property
     def synthetic(self) -> bool:
         "Does the phase learn from synthetic sections, which no fold holds back?"
         return isinstance(self.data, Synthetic)
@@ -487,7 +492,7 @@ def step_arguments(
         common |= {"phase": recipe.rounds[step.round].phases[step.phase].model_dump(mode="json", exclude={"predict_as"}), "clean_pseudo_labels": recipe.clean_pseudo_labels}
     elif step.kind == "predict":
         phase = recipe.rounds[step.round].phases[step.phase]
-        common |= {"weights": phase.files(step.fold)} | ({"predict_as": list(phase.predict_as)} if phase.predict_as else {})
+        common |= {"weights": phase.files(step.fold)} | phase.recorded_sizes
     elif step.kind == "ensemble":
         groups = {name: group.model_dump(mode="json") for name, group in recipe.rounds[step.round].ensemble.items()}
         common |= {"ensemble": groups, "use": list(recipe.folds.use), "clean_pseudo_labels": recipe.clean_pseudo_labels, "postprocess": list(rules_in_use(recipe, step.round))}

@@ -58,7 +58,7 @@ class OpenStep:
         "Which weights a predict step uses, and at which other sizes, so that it never goes on with predictions of others."
         trained = self.folder_of("train", self.step.round, self.step.phase, self.step.fold)
         files = read_record(trained)["files"]
-        return {name: files[name] for name in self.phase.files(self.step.fold)} | ({"predict_as": list(self.phase.predict_as)} if self.phase.predict_as else {})
+        return {name: files[name] for name in self.phase.files(self.step.fold)} | self.phase.recorded_sizes
 
     @property
     def contaminated(self) -> bool:
