@@ -276,7 +276,7 @@ def watch(
         print(*progress.others, sep="\n", file=sys.stderr)
     return running.returncode
 
-# %% ../nbs/18_cli.ipynb #c3d92b2b
+# %% ../nbs/18_cli.ipynb #b72d4e01
 def find_recipe(
     name: str,  # a recipe in nbs/runs/recipes, a run in outputs, or a YAML file
 ) -> Path:
@@ -300,7 +300,7 @@ def load_recipe(
         recipe = recipe.model_copy(update={"data": str(folder.relative_to(root) if folder.is_relative_to(root) else folder)})
     return recipe
 
-
+# %% ../nbs/18_cli.ipynb #b72d4e04
 def outdated_steps(
     recipe: Recipe,
     outputs: Path,
@@ -321,7 +321,7 @@ def outdated_steps(
             outdated.append(step)
     return outdated
 
-
+# %% ../nbs/18_cli.ipynb #b72d4e07
 def count_tiles(
     data: str | Path,  # data folder
 ) -> tuple[int, int]:  # train and test tiles; those of the competition, if there are no data yet
@@ -378,7 +378,7 @@ def expected_cost(
     size = sum(stores.get(step.kind, 0) for step in steps) * 101 * 101 * 2
     return [*lines, f"Predictions need at most {size / 1e9:.3g} GB of disk ({sum(step.kind in stores for step in steps)} stores)."]
 
-
+# %% ../nbs/18_cli.ipynb #b72d4e0a
 def find_profile(
     name: str,  # in nbs/runs/profiles, or a folder of your own
 ) -> Path:  # folder with a Snakemake profile

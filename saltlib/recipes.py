@@ -69,7 +69,7 @@ class Cosine(Strict):
     cycles: int = Field(ge=1)
     floor: float = Field(ge=0)
 
-
+# %% ../nbs/14_recipes.ipynb #d41f0e03
 class PseudoLabels(Strict):
     "Which pseudo-labels of the round before a phase learns from."
     confidence: float = Field(0.9, ge=0, le=1)  # least share of a tile's pixels below 0.2 or above 0.8
@@ -187,7 +187,7 @@ class Phase(Strict):
         "The most epochs that the phase trains."
         return self.epochs * getattr(self.schedule, "cycles", 1)
 
-
+# %% ../nbs/14_recipes.ipynb #d41f0e06
 class Members(Strict):
     "Phases whose predictions make one group of a round's ensemble."
     members: dict[PhaseName, Annotated[float, Field(gt=0)]] = Field(min_length=1)  # phase -> weight of its prediction

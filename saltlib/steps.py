@@ -114,7 +114,7 @@ def open_step(
                 raise SaltError(f"Step '{step}' reads {needed}, which is not done: run that step first, or let 'salt run' do so.")
     return opened
 
-# %% ../nbs/15_steps.ipynb #ca0ad5fa
+# %% ../nbs/15_steps.ipynb #e51c0a01
 def step_folds(
     step: OpenStep,  # 'prepare'
     train: Tiles,
@@ -144,7 +144,7 @@ def split_fold(
     own = read_folds(step.folder_of("prepare") / "folds.csv", tiles.ids) == (step.step.fold or 0)
     return tiles[~own], tiles[own]
 
-
+# %% ../nbs/15_steps.ipynb #e51c0a03
 def pseudo_label_file(
     step: OpenStep,  # 'train' or 'ensemble'
     fold: int | None,
@@ -196,7 +196,7 @@ def training_tiles(
             raise SaltError(f"Only {len(train)} of the pseudo-labels in {file} are chosen for {place.round}/{place.phase}: lower its pseudo_labels.confidence.")
     return train, valid
 
-
+# %% ../nbs/15_steps.ipynb #e51c0a06
 def fit_settings(
     step: OpenStep,  # 'train'
 ) -> dict:  # arguments of saltlib.training.fit_phase
@@ -241,7 +241,7 @@ def describe_training(
     }
     return pd.DataFrame({"": topics})
 
-
+# %% ../nbs/15_steps.ipynb #e51c0a07
 def tiles_to_predict(
     step: OpenStep,  # 'predict'
 ) -> tuple[np.ndarray, np.ndarray]:  # ids, images uint8
