@@ -350,17 +350,19 @@ def write_recipe(
     outputs: str | Path,  # the project's outputs folder
 ) -> Path:  # outputs/<name>/recipe.yaml
     "Write the recipe beside its results; `SaltError` if finished steps there were made with other settings."
-    path = recipe_folder(recipe, outputs) / "recipe.yaml"
+    changed = {}  # folder -> settings then and now
     for step in recipe_steps(recipe):
-        record = read_record(step_folder(recipe, step, outputs))
-        if record and record["arguments"] != step_arguments(recipe, step):
-            now, then = step_arguments(recipe, step), record["arguments"]
-            other = {k: (then.get(k), now.get(k)) for k in {*now, *then} if now.get(k) != then.get(k)}
-            raise SaltError(
-                f"{step_folder(recipe, step, outputs)} was made with other settings (then and now: {other}): "
-                f"give this run a name of its own with --set name=..., or delete that folder to make it again."
-            )
-    return write_atomic(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        record, now = read_record(folder := step_folder(recipe, step, outputs)), step_arguments(recipe, step)
+        if record and (then := record["arguments"]) != now:
+            changed[folder] = {k: (then.get(k), now.get(k)) for k in {*now, *then} if now.get(k) != then.get(k)}
+    if changed:
+        first, *others = changed
+        names = ", ".join(map(str, others[:10])) + (f" and {len(others) - 10} more" if others[10:] else "")
+        raise SaltError(
+            f"{first} was made with other settings (then and now: {changed[first]}){f'; so were {names}' if others else ''}: give this run a name of its own with --set name=..., "
+            f"or delete what was made with other settings to make it again."
+        )
+    return write_atomic(recipe_folder(recipe, outputs) / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
 
 # %% ../nbs/14_recipes.ipynb #4a9f156b
 @dataclass(frozen=True)
