@@ -61,7 +61,7 @@ THERE = torch|torchvision|triton|timm|nvidia-.*|cuda-.*|numpy|scipy|scikit-learn
 UNUSED = spacy.*|thinc|blis|cymem|preshed|murmurhash|srsly|catalogue|confection|wasabi|weasel|cloudpathlib|pulp|jedi|parso|debugpy
 TRAIN_FILES = depths.csv train.csv sample_submission.csv train.zip train
 TEST_FILES = test.zip test
-PIECES = split --bytes 48M --numeric-suffixes -
+PIECES = split --bytes 48M --numeric-suffixes
 MANYLINUX = $(foreach n,2_39 2_35 2_34 2_31 2_28 2_27 2_26 2_24 2_17 2_12 2_5 2014 2010 1,--platform manylinux$(if $(findstring _,$(n)),_)$(n)_x86_64)
 
 gpu-pack: setup ## .gpu-pack/: wheels, and with DATA=data the tiles, for a GPU machine without network that has Python 3.12 and torch
@@ -74,8 +74,12 @@ gpu-pack: setup ## .gpu-pack/: wheels, and with DATA=data the tiles, for a GPU m
 		$(MANYLINUX) --dest .gpu-pack --requirement .gpu-pack/requirements.txt
 	@find .gpu-pack -name '*.tar.gz' -exec .uv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir .gpu-pack {} \; -delete
 	@$(UV) build --quiet --wheel --no-build-isolation --python .venv --out-dir .gpu-pack .
-	@[ -z "$(DATA)" ] || tar --create --directory $(DATA) $(notdir $(wildcard $(TRAIN_FILES:%=$(DATA)/%))) | $(PIECES) .gpu-pack/train.tar.
-	@[ -z "$(DATA)" ] || tar --create --directory $(DATA) $(notdir $(wildcard $(TEST_FILES:%=$(DATA)/%))) | $(PIECES) .gpu-pack/test.tar.
+	@[ -z "$(DATA)" ] || tar --create --file .gpu-pack/train.tar --directory $(DATA) $(notdir $(wildcard $(TRAIN_FILES:%=$(DATA)/%)))
+	@[ -z "$(DATA)" ] || $(PIECES) .gpu-pack/train.tar .gpu-pack/train.tar.
+	@rm -f .gpu-pack/train.tar
+	@[ -z "$(DATA)" ] || tar --create --file .gpu-pack/test.tar --directory $(DATA) $(notdir $(wildcard $(TEST_FILES:%=$(DATA)/%)))
+	@[ -z "$(DATA)" ] || $(PIECES) .gpu-pack/test.tar .gpu-pack/test.tar.
+	@rm -f .gpu-pack/test.tar
 	@du -sh .gpu-pack
 
 lock: $(UV) ## recompile requirements.lock from settings.ini, keeping the versions that still fit

@@ -8,7 +8,7 @@ __all__ = ['NETWORKS', 'Measured', 'measure', 'matmul_gflops', 'forward_gflop', 
            'bench_around', 'run_bench', 'bench_table']
 
 # %% ../nbs/16_bench.ipynb #c076e76f
-import io, os, platform, tempfile, time
+import io, platform, tempfile, time
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from .augment import AUGMENTATIONS, augment_tile
-from .core import half_dtype, pick_device, process_memory, set_seed
+from .core import half_dtype, pick_device, process_memory, set_seed, usable_cores
 from .data import SIZE, PredictionStore, Tiles, load_tiles, encode_masks, write_rle_csv
 from .ensemble import Ensemble, Group, average_round
 from .inference import Predictor
@@ -287,7 +287,7 @@ def run_bench(
             rows.append(bench_training(name, seismic_tiles(batch_size if quick else 2048 if on_gpu else 256), batch_size, device, roof))
         rows += bench_around(seismic_tiles(64 if quick else 4000), members=2 if quick else 10)
     machine = {
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0)),
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(), "cores": usable_cores(),
         "precision": str(half_dtype(device) or torch.float32).removeprefix("torch."), "matmul_gflops": roof, "torch": torch.__version__,
     }
     return {"machine": machine, "rows": rows}

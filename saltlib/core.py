@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGED', 'PACKAGES', 'SaltError', 'project_root', 'runs_folder', 'write_atomic', 'read_json', 'read_torch',
            'derive_seed', 'set_seed', 'pick_device', 'half_dtype', 'autocast', 'versions', 'git_commit', 'checksum',
-           'process_memory', 'peak_memory', 'seal', 'RunRecord', 'read_record', 'changed_files']
+           'usable_cores', 'process_memory', 'peak_memory', 'seal', 'RunRecord', 'read_record', 'changed_files']
 
 # %% ../nbs/00_core.ipynb #c9c673a4
 import contextlib, hashlib, importlib.metadata, importlib.resources, json, os, platform, random, resource, shutil, subprocess, sys, time, zipfile
@@ -184,6 +184,11 @@ def checksum(
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+# %% ../nbs/00_core.ipynb #5d0c71aa
+def usable_cores() -> int:
+    "How many CPU cores this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # a Mac has no such limits
 
 # %% ../nbs/00_core.ipynb #afdd8604
 def process_memory() -> dict[str, float]:  # MiB; 'VmRSS': now, 'VmHWM': the most so far, or since the mark was set anew

@@ -586,7 +586,7 @@ def read_folds(
         raise SaltError(f"{path} has the train tiles in folds {numbers}: number folds 0, 1, 2 ... and leave none without a train tile.")
     return folds
 
-# %% ../nbs/01_data.ipynb #9898e096
+# %% ../nbs/01_data.ipynb #dd476ede
 CHUNK = 64  # tiles
 
 
@@ -600,7 +600,7 @@ def widen(
     numbers *= 2 ** (127 - 15)
     return numbers
 
-
+# %% ../nbs/01_data.ipynb #9898e096
 class PredictionStore:
     "Probabilities by id, on disk, written chunk by chunk."
 

@@ -12,7 +12,7 @@ __all__ = ['AHEAD', 'PIXELS', 'DEALT', 'ROUNDING', 'weighted_mean', 'plain_mean'
 # %% ../nbs/11_ensemble.ipynb #9a0ba636
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +83,8 @@ def stretch(
     low: float,  # smallest of the whole set
     high: float,  # largest of the whole set
 ) -> np.ndarray:  # the same shape
-    "Map `low`..`high` to 0..1 if 0.5 lies between them; else leave the probabilities alone."
-    return (probs - low) / (high - low) if low < 0.5 < high and (low, high) != (0, 1) else probs
+    "Map `low`..`high` to 0..1 if 0.5 lies between them, and what lies outside, as train tiles may, to 0 or 1; else leave the probabilities alone."
+    return np.clip((probs - low) / (high - low), 0, 1) if low < 0.5 < high and (low, high) != (0, 1) else probs
 
 # %% ../nbs/11_ensemble.ipynb #6e8e5d8e
 def confidence(
@@ -213,6 +213,7 @@ class Ensemble:
     groups: list[Group]
     ids: np.ndarray  # all test tiles
     ends: list[dict[int | None, tuple[float, float]]] | None = None  # of `read_ends`; None: they are found, for which all members of a stretched group are read
+    black: Collection[str] = ()  # ids of the train tiles of a single grey value, which count as 0
 
     def __post_init__(self):
         self.folds = list(self.groups[0].members)
@@ -239,8 +240,10 @@ class Ensemble:
         fold: int,
         ids: np.ndarray,  # train tiles of this fold
     ) -> np.ndarray:  # [n,101,101]
-        "Mean over the groups, out of fold."
-        return plain_mean([stretch(weighted_mean(g.members[fold], ids), *e[fold]) for g, e in zip(self.groups, self.ends)])
+        "Mean over the groups, out of fold; black tiles count as 0."
+        mean = plain_mean([stretch(weighted_mean(g.members[fold], ids), *e[fold]) for g, e in zip(self.groups, self.ends)])
+        mean[np.isin(ids, list(self.black))] = 0
+        return mean
 
 
 def read_ends(
@@ -285,10 +288,10 @@ def score_out_of_fold(
 # %% ../nbs/11_ensemble.ipynb #bd622c78
 def member_table(
     ensemble: Ensemble,
-    names: list[list[str]],  # of each group's members
+    names: dict[str, list[str]],  # group -> its members
     train: Tiles,  # all train tiles
     folds: np.ndarray,  # the fold of each
-) -> pd.DataFrame:  # a row for the ensemble and one for each member: mAP alone and without it; what it adds, low and high (95 % interval)
+) -> pd.DataFrame:  # a row for the ensemble and one for each member, with its group's name if there are several: mAP alone and without it; what it adds, low and high (95 % interval)
     "Scores of the ensemble with and without each member. A group is stretched by the ends of all its members."
     def mean_of(chosen: list[tuple[int, int]], probs: dict[tuple[int, int], np.ndarray], fold: int) -> np.ndarray:
         means = []
@@ -298,24 +301,25 @@ def member_table(
                 means.append(stretch(sum(weight * probs[v] for v, weight in weights.items()) / sum(weights.values()), *ensemble.ends[g][fold]))
         return plain_mean(means)
 
-    voices = [(g, m) for g, group in enumerate(names) for m in range(len(group))]
-    parts = {"whole": voices} | {("alone", v): [v] for v in voices}
+    voices = {(g, m): f"{group}: {member}" if len(names) > 1 else member for g, (group, members) in enumerate(names.items()) for m, member in enumerate(members)}
+    parts = {"whole": [*voices]} | {("alone", v): [v] for v in voices}
     parts |= {("without", v): rest for v in voices if (rest := [other for other in voices if other != v])}
     precision = {part: [] for part in parts}
     for fold in ensemble.folds:
         own = train[np.flatnonzero(folds == fold)]
         read = lambda rows: {(g, m): ensemble.groups[g].members[fold][m][0].read(own.ids[rows]) for g, m in voices}
         for rows, probs in averaged_ahead(read, in_pieces(len(own))):  # each member is read once
+            visible = ~np.isin(own.ids[rows], list(ensemble.black))[:, None, None]
             for part, chosen in parts.items():
-                precision[part].append(precision_at_iou(mean_of(chosen, probs, fold) > 0.5, own.masks[rows]))
+                precision[part].append(precision_at_iou(visible & (mean_of(chosen, probs, fold) > 0.5), own.masks[rows]))
     scores = {part: np.concatenate(pieces) for part, pieces in precision.items()}
     table = {"ensemble": {"alone": scores["whole"].mean()}}
-    for g, m in voices:
-        row = table[names[g][m]] = {"alone": scores["alone", (g, m)].mean()}
-        if ("without", (g, m)) in scores:
-            adds = scores["whole"] - scores["without", (g, m)]
+    for v, name in voices.items():
+        row = table[name] = {"alone": scores["alone", v].mean()}
+        if ("without", v) in scores:
+            adds = scores["whole"] - scores["without", v]
             low, high = bootstrap_interval(adds)
-            row |= {"without": scores["without", (g, m)].mean(), "adds": adds.mean(), "low": low, "high": high}
+            row |= {"without": scores["without", v].mean(), "adds": adds.mean(), "low": low, "high": high}
     return pd.DataFrame.from_dict(table, orient="index", columns=["alone", "without", "adds", "low", "high"])
 
 # %% ../nbs/11_ensemble.ipynb #8c59157f

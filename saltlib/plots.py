@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRUTH', 'PREDICTION', 'OTHER', 'GREYS', 'DPI', 'RUNS', 'plot_tiles', 'plot_predictions', 'lay_out', 'plot_section',
-           'plot_coverage', 'plot_history', 'plot_histories', 'plot_runs', 'plot_scores_by_class',
+           'plot_coverage', 'plot_history', 'phase_and_fold', 'plot_histories', 'plot_runs', 'plot_scores_by_class',
            'plot_threshold_curve', 'plot_calibration', 'plot_confidence']
 
 # %% ../nbs/13_plots.ipynb #7d881c6d
@@ -208,13 +208,21 @@ def plot_history(
     return figure
 
 # %% ../nbs/13_plots.ipynb #89d173ac
+def phase_and_fold(
+    training: str,  # 'round phase fold k', or 'round phase shared' of one for all folds
+) -> tuple[str, str]:  # 'round phase'; 'k' or 'shared'
+    "Whose training it is."
+    phase, fold = training.rsplit(" ", 1)
+    return phase.removesuffix(" fold"), fold
+
+
 def plot_histories(
-    histories: dict[str, pd.DataFrame],  # 'round phase fold k' -> its history
+    histories: dict[str, pd.DataFrame],  # training, as `phase_and_fold` takes it -> its history
 ) -> plt.Figure:
     "mAP by epoch of all trainings of a run: a panel a phase, a line a fold."
     phases = {}
     for name, history in histories.items():
-        phase, _, fold = name.rpartition(" fold ")
+        phase, fold = phase_and_fold(name)
         phases.setdefault(phase, {})[fold] = history
     figure, axes = _chart(len(phases))
     shades = plt.get_cmap("viridis")
@@ -232,15 +240,14 @@ RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")  # Oka
 
 
 def plot_runs(
-    runs: dict[str, dict[str, pd.DataFrame]],  # run -> 'round phase fold k' -> history
+    runs: dict[str, dict[str, pd.DataFrame]],  # run -> training, as `phase_and_fold` takes it -> history
 ) -> plt.Figure:
     "mAP by epoch of several runs on one axis: a colour a run, a line a fold; the phases of a run follow one another."
     figure, (ax,) = _chart(width=6.5)
     for k, (run, histories) in enumerate(runs.items()):
         begins, end = {}, 0
         for name, history in histories.items():
-            phase = name.rpartition(" fold ")[0]
-            first = begins.setdefault(phase, end)
+            first = begins.setdefault(phase_and_fold(name)[0], end)
             end = max(end, first + len(history))
             line, = ax.plot(first + history["epoch"], history["mAP"], color=RUNS[k % len(RUNS)], marker="o", markersize=3, linewidth=1.2)
         line.set_label(run)
@@ -305,17 +312,19 @@ def plot_calibration(
 # %% ../nbs/13_plots.ipynb #4409844e
 def plot_confidence(
     confidence: np.ndarray,  # float [N], share of sure pixels of each tile, 0..1
-    threshold: float,  # tiles with at least this confidence become pseudo-labels
+    *thresholds: float,  # tiles with at least this confidence become pseudo-labels, of one kind of training each; none: only the curve
 ) -> plt.Figure:
-    "What share of the tiles reaches each confidence, and the share that `threshold` picks."
+    "What share of the tiles reaches each confidence, and how many each threshold picks."
     confidence = np.asarray(confidence, dtype=float)
-    chosen = int((confidence >= threshold).sum())
+    chosen = [f"{(confidence >= threshold).sum():,} of {len(confidence):,} tiles reach a confidence of {threshold:g}" for threshold in thresholds]
     figure, (ax,) = _chart(width=4.5)
     if len(confidence):
         ax.ecdf(confidence, complementary=True, color=OTHER, linewidth=1.6)
-    ax.axvspan(threshold, 1, color=PREDICTION, alpha=0.25, linewidth=0)
-    ax.axvline(threshold, color=PREDICTION, linewidth=1.4)
+    for threshold in thresholds:
+        ax.axvspan(threshold, 1, color=PREDICTION, alpha=0.25, linewidth=0)
+        ax.axvline(threshold, color=PREDICTION, linewidth=1.4)
     ax.yaxis.set_major_formatter(PercentFormatter(1))
-    ax.set(xlim=(min(confidence.min(initial=1), threshold) - 0.02, 1.005), ylim=(0, 1.03))
-    _label(ax, f"{chosen:,} of {len(confidence):,} tiles reach a confidence of {threshold:g}", "confidence (share of pixels below 0.2 or above 0.8)", "tiles with at least that")
+    ax.set(xlim=(min([confidence.min(initial=1), *thresholds]) - 0.02, 1.005), ylim=(0, 1.03))
+    _label(ax, "\n".join(chosen) or f"how sure {len(confidence):,} tiles are", "confidence (share of pixels below 0.2 or above 0.8)", "tiles with at least that")
     return figure
+

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Name', 'PhaseName', 'Snapshots', 'ModelName', 'Strict', 'AdamW', 'RMSprop', 'SGD', 'OneCycle', 'Plateau', 'Cosine',
            'PseudoLabels', 'Synthetic', 'same_network', 'Phase', 'Members', 'Round', 'Folds', 'Recipe', 'full_name',
-           'set_value', 'count_values', 'parse_recipe', 'read_recipe', 'recipe_folder', 'write_recipe', 'Step',
-           'fold_of', 'members', 'recipe_steps', 'previous_round', 'step_inputs', 'trainings_beside', 'is_contaminated',
-           'step_folder', 'rules_in_use', 'step_arguments']
+           'set_value', 'count_values', 'parse_recipe', 'read_recipe', 'recipe_folder', 'fold_file', 'write_recipe',
+           'Step', 'fold_of', 'members', 'recipe_steps', 'previous_round', 'step_inputs', 'trainings_beside',
+           'is_contaminated', 'step_folder', 'rules_in_use', 'step_arguments']
 
 # %% ../nbs/14_recipes.ipynb #b36c8219
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, StringConstraints, ValidationError, field_validator, model_serializer, model_validator
 
-from .core import SaltError, read_record, write_atomic
+from .core import SaltError, checksum, read_record, write_atomic
 
 # %% ../nbs/14_recipes.ipynb #70cdf087
 class Strict(BaseModel):
@@ -237,6 +237,8 @@ class Recipe(Strict):
     def names_exist(self):
         known = {}
         for i, (round_name, round_) in enumerate(self.rounds.items()):
+            if round_name in ("prepare", "report") or "ensemble" in round_.phases:
+                raise ValueError(f"{round_name} can't be the name of a round with the phases {list(round_.phases)}: prepare, report and ensemble are folders of steps")
             for phase_name, phase in round_.phases.items():
                 where, start = f"{round_name}/{phase_name}", known.get(phase.start)
                 if phase.start not in ("imagenet", "scratch", *known):
@@ -274,11 +276,11 @@ def set_value(
 ) -> int:  # how many values were set
     "Set the value at `path`."
     key, rest = path[0], path[1:]
+    count, names = 0, list(node) if key == "*" else [key]
     if not rest:
-        node[key] = value
-        return 1
-    count = 0
-    for name in list(node) if key == "*" else [key]:
+        node |= dict.fromkeys(names, value)
+        return len(names)
+    for name in names:
         if isinstance(node.get(name), dict):
             node[name] = dict(node[name])  # parts that stand in one place of the file may be used in several
             count += set_value(node[name], rest, value)
@@ -345,14 +347,23 @@ def recipe_folder(
     return Path(outputs) / recipe.name
 
 
+def fold_file(
+    recipe: Recipe,
+) -> dict[str, str]:  # its path -> its checksum; empty without one, or where it is not at hand
+    "The fold file of the user's own."
+    return {file: checksum(file)} if (file := recipe.folds.file) and Path(file).is_file() else {}
+
+
 def write_recipe(
     recipe: Recipe,
     outputs: str | Path,  # the project's outputs folder
 ) -> Path:  # outputs/<name>/recipe.yaml
-    "Write the recipe beside its results; `SaltError` if finished steps there were made with other settings."
+    "Write the recipe beside its results; `SaltError` if finished steps there were made with other settings or another fold file."
     changed = {}  # folder -> settings then and now
     for step in recipe_steps(recipe):
         record, now = read_record(folder := step_folder(recipe, step, outputs)), step_arguments(recipe, step)
+        if record and step.kind == "prepare" and any(record["inputs"].get(file, sum) != sum for file, sum in fold_file(recipe).items()):
+            raise SaltError(f"{recipe.folds.file} is no longer the table by which {folder} dealt the tiles: put that one back, or give this run a name of its own with --set name=....")
         if record and (then := record["arguments"]) != now:
             changed[folder] = {k: (then.get(k), now.get(k)) for k in {*now, *then} if now.get(k) != then.get(k)}
     if changed:
@@ -439,7 +450,7 @@ def step_inputs(
         return [Step("prepare"), *(Step("predict", *member, fold) for member in members(recipe, step.round) for fold in recipe.folds.use)]
     return recipe_steps(recipe)[:-1]
 
-
+# %% ../nbs/14_recipes.ipynb #22d61374
 def trainings_beside(
     recipe: Recipe,
     round: str,
@@ -455,7 +466,7 @@ def trainings_beside(
     together = [name for name in phases if waits_for(name) == waits_for(phase)]
     return sum(len({fold_of(recipe, round, name, fold) for fold in recipe.folds.use}) for name in together)
 
-
+# %% ../nbs/14_recipes.ipynb #73346838
 def is_contaminated(
     recipe: Recipe,
     step: Step,

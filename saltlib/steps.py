@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['OpenStep', 'open_step', 'step_folds', 'split_fold', 'pseudo_label_file', 'choose_for_phase', 'join_tiles',
-           'training_tiles', 'fit_settings', 'describe_training', 'tiles_to_predict', 'round_ensemble',
-           'correct_by_mosaics', 'count_choices', 'run_records', 'score_table', 'mean_row', 'scores_by_place',
-           'compare_folds', 'run_histories', 'open_run', 'open_runs', 'different_settings', 'tile_scores',
-           'compare_scores', 'most_changed', 'open_ensemble', 'read_out_of_fold', 'check_same_tiles', 'blend_scores',
-           'blend_masks']
+           'training_tiles', 'fit_settings', 'describe_training', 'best_and_worst', 'tiles_to_predict', 'print_tenths',
+           'round_ensemble', 'correct_by_mosaics', 'next_learners', 'count_choices', 'confidences_asked', 'run_records',
+           'score_table', 'mean_row', 'scores_by_place', 'compare_folds', 'run_histories', 'open_run', 'open_runs',
+           'different_settings', 'tile_scores', 'compare_scores', 'most_changed', 'open_ensemble', 'read_out_of_fold',
+           'read_predictions', 'check_same_tiles', 'blend_scores', 'blend_masks']
 
 # %% ../nbs/15_steps.ipynb #c81d0f24
+import time
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import RunRecord, SaltError, checksum, derive_seed, git_commit, read_record, versions
+from .core import RunRecord, SaltError, checksum, derive_seed, git_commit, pick_device, read_record, versions
 from .data import PredictionStore, Tiles, encode_masks, is_black, load_tiles, make_folds, read_folds
 from .ensemble import Ensemble, Group, averaged_ahead, choose_pseudo_labels, decode_masks, in_pieces, read_ends, read_pseudo_labels, weighted_mean
 from .metrics import bootstrap_interval, precision_at_iou
 from .mosaic import CLOSE, closest_known, mosaic_groups
 from .postprocess import correct_codes, find_sources, straight_masks, straight_rows
-from .recipes import Members, Phase, Recipe, Step, fold_of, full_name, is_contaminated, previous_round, read_recipe, recipe_folder, recipe_steps, rules_in_use, step_arguments, step_folder, step_inputs
+from .recipes import Members, Phase, Recipe, Step, fold_file, fold_of, full_name, is_contaminated, previous_round, read_recipe, recipe_folder, recipe_steps, rules_in_use, step_arguments, step_folder, step_inputs
 from .synthetic import make_tiles
 
 # %% ../nbs/15_steps.ipynb #ab82d517
@@ -71,10 +73,8 @@ class OpenStep:
 
     @property
     def submission(self) -> Path:
-        "Where the round's submission goes: that of the last round stands at the top of the run's folder."
-        last = list(self.recipe.rounds)[-1]
-        folder = recipe_folder(self.recipe, self.outputs)
-        return (folder if self.step.round in ("", last) else self.folder) / "submission.csv"
+        "The submission of an ensemble step, or that of the run, which the report puts at the top."
+        return (recipe_folder(self.recipe, self.outputs) if self.step.kind == "report" else self.folder) / "submission.csv"
 
     def finish(
         self,
@@ -85,6 +85,8 @@ class OpenStep:
         if self.contaminated and "mAP" in metrics:
             metrics = metrics | {"contaminated": True}
         inputs = {str(f.relative_to(self.outputs)): checksum(f / "record.json") for f in self.input_folders()}
+        if self.step.kind == "prepare":
+            inputs |= fold_file(self.recipe)
         return self.record.finish(metrics, [str(f) for f in files], inputs)
 
     def input_folders(self) -> list[Path]:
@@ -95,18 +97,19 @@ class OpenStep:
 def open_step(
     kind: str,  # 'prepare', 'train', 'predict', 'ensemble', 'report'
     recipe_file: str | Path,  # outputs/<recipe>/recipe.yaml
-    round: str = "",
-    phase: str = "",
-    fold: int | None = None,
+    round: str = "",  # of a train, predict or ensemble step
+    phase: str = "",  # of a train or predict step
+    fold: int | None = None,  # of a train or predict step; None: of a phase that all folds share
 ) -> OpenStep:
-    "Begin a step; `SaltError` if the recipe has no such step, or a step that it reads is not done or damaged."
+    "Begin a step; `SaltError` if the recipe has no such step, a step that it reads is not done or damaged, or it needs a GPU and none is there."
     recipe, outputs = read_recipe(recipe_file), Path(recipe_file).parent.parent
     step = Step(kind, round, phase, fold)
     if step not in recipe_steps(recipe):
         raise SaltError(f"{recipe_file} has no step '{step}': its steps are {', '.join(map(str, recipe_steps(recipe)))}.")
     folder = step_folder(recipe, step, outputs)
     folder.mkdir(parents=True, exist_ok=True)
-    opened = OpenStep(recipe, step, outputs, RunRecord(folder, kind, step_arguments(recipe, step)))
+    device = str(pick_device(recipe.device)) if kind in ("train", "predict") else "cpu"
+    opened = OpenStep(recipe, step, outputs, RunRecord(folder, kind, step_arguments(recipe, step), device=device))
     folders = opened.input_folders()
     with ThreadPoolExecutor() as pool:  # checksums of 40 members' predictions
         for needed, record in zip(folders, pool.map(partial(read_record, verify=True), folders)):
@@ -131,8 +134,8 @@ def step_folds(
             raise SaltError(f"Fold {empty[0]} by {settings.by} has no train tile: there are too few tiles or mosaics for {settings.n} folds, set folds.n lower.")
         return folds
     folds = read_folds(settings.file, train.ids)
-    if folds.max(initial=0) >= settings.n:
-        raise SaltError(f"{settings.file} has fold {folds.max()}, but the recipe has folds 0 to {settings.n - 1}: set folds.n to {folds.max() + 1}.")
+    if folds.max() + 1 != settings.n:
+        raise SaltError(f"{settings.file} has folds 0 to {folds.max()}, but the recipe has folds 0 to {settings.n - 1}: set folds.n to {folds.max() + 1}.")
     return folds
 
 
@@ -177,7 +180,7 @@ def join_tiles(
 def training_tiles(
     step: OpenStep,  # 'train'
 ) -> tuple[Tiles, Tiles]:  # tiles to learn from, tiles to be scored on
-    "The tiles of a training: train tiles, pseudo-labelled test tiles or both, or synthetic ones; black ones where the phase wants them. `SaltError` if fewer than two are left."
+    "The tiles of a training: train tiles, pseudo-labelled test tiles or both, or synthetic ones; black ones where the phase wants them. `SaltError` if fewer than two are left, or none to be scored on."
     (train, valid), phase, place = split_fold(step), step.phase, step.step
     if phase.synthetic:
         train = make_tiles(phase.data.sections, derive_seed(step.recipe.seed, place.round, place.phase, "sections"))
@@ -194,6 +197,8 @@ def training_tiles(
         train = chosen if phase.data == "pseudo" else join_tiles(train, chosen)
         if len(train) < 2:
             raise SaltError(f"Only {len(train)} of the pseudo-labels in {file} are chosen for {place.round}/{place.phase}: lower its pseudo_labels.confidence.")
+    if len(train) < 2 or not len(valid):
+        raise SaltError(f"{place} has {len(train)} tiles to learn from and {len(valid)} to be scored on: deal the tiles otherwise (folds), or let black ones take part (black_tiles).")
     return train, valid
 
 # %% ../nbs/15_steps.ipynb #e51c0a06
@@ -241,6 +246,17 @@ def describe_training(
     }
     return pd.DataFrame({"": topics})
 
+# %% ../nbs/15_steps.ipynb #65b1bd53
+def best_and_worst(
+    masks: np.ndarray,  # bool [N,101,101]
+    precision: np.ndarray,  # float [N]
+    worst: int = 12,  # tiles
+) -> tuple[np.ndarray, np.ndarray]:  # rows of the best and the median tile of those with salt, if there are any; rows of the worst ones of all, the worst first
+    "Which tiles show how good predictions are."
+    ranked = precision.argsort(kind="stable")
+    salty = ranked[masks[ranked].any(axis=(1, 2))]
+    return salty[[-1, len(salty) // 2]][: len(salty)] if len(salty) else salty, ranked[:worst]
+
 # %% ../nbs/15_steps.ipynb #e51c0a07
 def tiles_to_predict(
     step: OpenStep,  # 'predict'
@@ -251,6 +267,18 @@ def tiles_to_predict(
     return tiles.ids, tiles.images
 
 
+def print_tenths(
+    stored: Iterator[int],  # tiles that are done so far, as `predict_to_store` tells them
+    total: int,  # tiles in all
+) -> None:
+    "Use up the iterator and print a line for every tenth of the tiles."
+    started, said = time.time(), 0
+    for done in stored:
+        if 10 * done // total > said:
+            said = 10 * done // total
+            print(f"{done} of {total} tiles, {time.time() - started:.0f} s", flush=True)
+
+# %% ../nbs/15_steps.ipynb #389638fa
 def round_ensemble(
     step: OpenStep,  # 'ensemble'
     ids: np.ndarray,  # all test tiles
@@ -262,7 +290,9 @@ def round_ensemble(
         return [(PredictionStore(step.folder_of("predict", *name, fold) / "predictions.zarr"), weight) for name, weight in names]
 
     groups = step.recipe.rounds[step.step.round].ensemble.values()
-    return Ensemble([Group({fold: stores(group, fold) for fold in step.recipe.folds.use}, group.stretch) for group in groups], ids, ends)
+    train = pd.read_csv(step.folder_of("prepare") / "folds.csv", dtype={"id": str})
+    black = train["id"][train["unique_pixels"] == 1].to_numpy(str)
+    return Ensemble([Group({fold: stores(group, fold) for fold in step.recipe.folds.use}, group.stretch) for group in groups], ids, ends, black)
 
 
 def correct_by_mosaics(
@@ -276,20 +306,35 @@ def correct_by_mosaics(
     sources = find_sources(mosaics, dict(zip(train.ids, straight_rows(train.masks))), rules_in_use(step.recipe, step.step.round))
     return correct_codes(ids, codes, straight_masks(sources, train)), len(sources)
 
+# %% ../nbs/15_steps.ipynb #a2327a1d
+def next_learners(
+    step: OpenStep,  # 'ensemble'
+) -> dict[str, Phase]:  # by name; none after the last round
+    "The phases of the next round that learn from this round's pseudo-labels."
+    names = list(step.recipe.rounds)
+    follow = names[names.index(step.step.round) + 1 :][:1]
+    return {name: phase for round in follow for name, phase in step.recipe.rounds[round].phases.items() if phase.pseudo}
+
 
 def count_choices(
     step: OpenStep,  # 'ensemble'
     tables: dict[int | None, pd.DataFrame],  # of `average_round`
 ) -> pd.DataFrame:  # a row a phase of the next round that learns from them, a column a fold
     "How many of a round's pseudo-labels each phase of the next round will choose."
-    recipe, names = step.recipe, list(step.recipe.rounds)
-    counts = {}
-    for name in names[names.index(step.step.round) + 1 :][:1]:
-        for phase in (p for p, settings in recipe.rounds[name].phases.items() if settings.pseudo):
-            folds = dict.fromkeys(fold_of(recipe, name, phase, fold) for fold in recipe.folds.use)
-            chosen = {fold: choose_for_phase(recipe, name, phase, fold, tables.get(fold, tables[None])).sum() for fold in folds}
-            counts[phase] = {"all folds" if fold is None else f"fold {fold}": n for fold, n in chosen.items()}
+    recipe, names, counts = step.recipe, list(step.recipe.rounds), {}
+    for phase in next_learners(step):
+        name = names[names.index(step.step.round) + 1]
+        folds = dict.fromkeys(fold_of(recipe, name, phase, fold) for fold in recipe.folds.use)
+        chosen = {fold: choose_for_phase(recipe, name, phase, fold, tables.get(fold, tables[None])).sum() for fold in folds}
+        counts[phase] = {"all folds" if fold is None else f"fold {fold}": n for fold, n in chosen.items()}
     return pd.DataFrame.from_dict(counts, orient="index")
+
+
+def confidences_asked(
+    step: OpenStep,  # 'ensemble'
+) -> list[float]:  # ascending, 0..1; none after the last round
+    "How sure a pseudo-label must be for the phases of the next round that ask for that."
+    return sorted({phase.pseudo_labels.confidence for phase in next_learners(step).values()} - {0})
 
 # %% ../nbs/15_steps.ipynb #1b31731a
 def run_records(
@@ -348,7 +393,7 @@ def compare_folds(
         except SaltError:  # of another version, or damaged, which is no matter of this run
             continue
         if comparable:
-            scores.setdefault(recipe.folds.by, pd.read_csv(folder / "out_of_fold.csv", dtype={"id": str}).set_index("id")["precision"])
+            scores.setdefault(recipe.folds.file or recipe.folds.by, pd.read_csv(folder / "out_of_fold.csv", dtype={"id": str}).set_index("id")["precision"])
     table = {f"folds by {by}": mean_row(scores[by]) for by in sorted(scores)}
     if len(scores) == 2 and len(difference := (scores["depth"] - scores["mosaic"]).dropna()):
         table["depth - mosaic, tile by tile"] = mean_row(difference)
@@ -357,7 +402,7 @@ def compare_folds(
 
 def run_histories(
     step: OpenStep,  # 'report'
-) -> dict[str, pd.DataFrame]:  # 'round phase fold k' -> history
+) -> dict[str, pd.DataFrame]:  # training, as `plots.phase_and_fold` takes it -> history
     "The learning curves of all trainings."
     trainings = [s for s in recipe_steps(step.recipe) if s.kind == "train"]
     return {str(s).removeprefix("train "): pd.read_csv(step_folder(step.recipe, s, step.outputs) / "history.csv") for s in trainings}
@@ -401,7 +446,7 @@ def different_settings(
     table = pd.DataFrame({name: flat(run.recipe.model_dump(mode="json", exclude={"name"}), "") for name, run in runs.items()}).fillna("")
     return table[table.nunique(axis=1) > 1]
 
-
+# %% ../nbs/15_steps.ipynb #0379102b
 def tile_scores(
     runs: dict[str, OpenStep],  # of `open_runs`
 ) -> pd.DataFrame:  # a row a tile that any run scored, a column a run: precision, NaN where a run did not score it
@@ -411,15 +456,20 @@ def tile_scores(
 
 def compare_scores(
     scores: pd.DataFrame,  # of `tile_scores`
-) -> pd.DataFrame:  # a row a run, then a row for each difference to the first run: tiles, mAP, low, high; tiles that are better and worse
+    contaminated: Collection[str] = (),  # runs whose networks learned from networks that saw the scored tiles
+) -> pd.DataFrame:  # a row a run, then a row for each difference to the first run: tiles, mAP, low, high; tiles that are better and worse; a remark where scores are contaminated
     "Scores, and paired differences on the tiles that both runs scored, with 95 % intervals. `SaltError` if they have no tile in common."
     names, table = list(scores), {name: mean_row(scores[name].dropna()) for name in scores}
+    marked = [*contaminated]
     for name in names[1:]:
         difference = (scores[name] - scores[names[0]]).dropna()
         if difference.empty:
             raise SaltError(f"{name} and {names[0]} have no scored tile in common: compare runs on the same data.")
         table[f"{name} - {names[0]}"] = mean_row(difference) | {"better": (difference > 0).sum(), "worse": (difference < 0).sum()}
-    return pd.DataFrame.from_dict(table, orient="index").astype({"better": "Int64", "worse": "Int64"})
+        if {name, names[0]} & {*contaminated}:
+            marked.append(f"{name} - {names[0]}")
+    table = pd.DataFrame.from_dict(table, orient="index").astype({"better": "Int64", "worse": "Int64"})
+    return table.assign(remark=np.where(table.index.isin(marked), "contaminated", "")) if marked else table
 
 
 def most_changed(
@@ -431,7 +481,7 @@ def most_changed(
     largest = change[change.abs() > 0].sort_values(key=lambda c: -c.abs(), kind="stable").index[:n]
     return scores.join(change).loc[largest]
 
-
+# %% ../nbs/15_steps.ipynb #bfc20cbe
 def open_ensemble(
     run: OpenStep,  # of `open_run`
 ) -> Ensemble:
@@ -452,6 +502,17 @@ def read_out_of_fold(
     for fold in np.unique(folds).tolist():
         probs[folds == fold] = ensemble.fold_mean(fold, ids[folds == fold])
     return probs
+
+
+def read_predictions(
+    run: OpenStep,  # of `open_run`
+    ensemble: Ensemble,  # the run's, of `open_ensemble`
+    ids: np.ndarray,  # train and test tiles
+) -> tuple[np.ndarray, np.ndarray]:  # ids of those that have a prediction, and their probabilities [n,101,101]
+    "What the last round's ensemble says: about train tiles out of fold, if their fold was run, about test tiles in the mean of all folds."
+    scored, store = tile_scores({"": run}).index, PredictionStore(run.folder / "predictions.zarr")
+    train, test = ids[np.isin(ids, scored)], ids[np.isin(ids, store.ids)]
+    return np.concatenate([train, test]), np.concatenate([read_out_of_fold(run, ensemble, train), store.read(test)])
 
 # %% ../nbs/15_steps.ipynb #5b7d20e4
 def check_same_tiles(

@@ -8,7 +8,7 @@ __all__ = ['BatchesOn', 'ToNetworkInput', 'Bfloat16', 'precision_callbacks', 'ca
            'copies_to_keep', 'Checkpoint', 'read_checkpoint', 'fit_phase']
 
 # %% ../nbs/09_training.ipynb #101a3bd3
-import hashlib, io, math, os, time, warnings
+import contextlib, hashlib, io, math, time, warnings
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +28,7 @@ with warnings.catch_warnings():
     from fastai.torch_core import to_float
 
 from .augment import AUGMENTATIONS, EpochSampler, TileDataset
-from .core import SaltError, checksum, derive_seed, half_dtype, pick_device, read_torch, set_seed, write_atomic
+from .core import SaltError, checksum, derive_seed, half_dtype, pick_device, read_torch, set_seed, usable_cores, write_atomic
 from .data import Tiles
 from .losses import LOSSES
 from .metrics import precision_at_iou
@@ -76,13 +76,18 @@ class Bfloat16(Callback):
     "Forward pass in bf16, which needs no loss scaling; fastai's own callback knows only GPUs."
     order = 10
 
+    def __init__(self):
+        self.context = contextlib.ExitStack()
+
     def before_batch(self):
-        self.context = torch.autocast(self.x.device.type, torch.bfloat16)
-        self.context.__enter__()
+        self.context.enter_context(torch.autocast(self.x.device.type, torch.bfloat16))
 
     def after_pred(self):
-        self.context.__exit__(None, None, None)
+        self.leave()
         self.learn.pred = to_float(self.pred)
+
+    def leave(self):
+        self.context.close()
 
 
 def precision_callbacks(
@@ -189,7 +194,7 @@ class EasyTiles(Callback):
 # %% ../nbs/09_training.ipynb #715b9951
 def make_optimizer(
     params,  # the network's parameters, as the Learner splits them
-    lr: float,
+    lr: float,  # at the beginning; schedules change it
     name: str,  # 'adamw', 'rmsprop' or 'sgd'
     **settings,  # rmsprop: rho, eps, weight_decay; sgd: momentum, weight_decay
 ) -> OptimWrapper:
@@ -301,7 +306,7 @@ class History(Callback):
             "tiles_per_second": sum(n for _, n in self.losses[True]) / training, "waiting": self.dls.train.waited / training, "seconds": now - self.started,
         })
 
-
+# %% ../nbs/09_training.ipynb #938ee948
 def copies_to_keep(
     rows: list[dict],  # the history, up to the epoch whose weights are at hand
     cycle: int | None,  # epochs of a cosine's cycle; None: another schedule
@@ -313,19 +318,21 @@ def copies_to_keep(
         names.append(f"snapshot{len(rows) // cycle - 1}")
     return names
 
-
+# %% ../nbs/09_training.ipynb #700d61ad
 class Checkpoint(Callback):
     "After each epoch write all that is needed to go on from it and the weights worth keeping, then print the epoch's line: an epoch that was printed is safe."
     order = 50
 
-    def __init__(self, folder: Path, settings: dict, history: History, cycle: int | None):
-        self.folder, self.settings, self.history, self.cycle, self.written = folder, settings, history, cycle, len(history.rows)
+    def __init__(self, folder: Path, settings: dict, history: History, cycle: int | None, scaler: dict | None):  # scaler: of fp16's loss, where to go on
+        self.folder, self.settings, self.history, self.cycle, self.scaler, self.written = folder, settings, history, cycle, scaler, len(history.rows)
 
     def keep_copies(self):
         for name in copies_to_keep(self.history.rows, self.cycle):
             save_weights(self.model, self.folder / "weights" / f"{name}.safetensors")
 
     def before_fit(self):
+        if self.scaler:
+            self.learn.scaler.load_state_dict(self.scaler)
         self.keep_copies()  # of the epoch after which an interrupted training goes on
 
     def after_epoch(self):
@@ -337,7 +344,7 @@ class Checkpoint(Callback):
             group["lr"] = float(group["lr"])  # the schedule leaves a NumPy number, which weights_only refuses
         state = {
             "settings": self.settings, "history": self.history.rows, "model": self.model.state_dict(), "optimizer": optimizer,
-            "easy": torch.from_numpy(self.dls.train.batch_sampler.easy),
+            "easy": torch.from_numpy(self.dls.train.batch_sampler.easy), "scaler": self.learn.scaler.state_dict() if hasattr(self.learn, "scaler") else None,
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -345,12 +352,12 @@ class Checkpoint(Callback):
         self.keep_copies()
         print("epoch {epoch:3d}  train {train_loss:.4f}  valid {valid_loss:.4f}  mAP {mAP:.4f}  lr {lr:.1e}  {tiles_per_second:.0f} tiles/s  {seconds:.0f} s".format(**self.history.rows[-1]), flush=True)
 
-
+# %% ../nbs/09_training.ipynb #701d124b
 def read_checkpoint(
     path: Path,  # checkpoint.pt
     settings: dict,  # settings of the phase that wants to go on from it
     device: torch.device,
-) -> dict | None:  # settings, history, model, optimizer, easy tiles; None if there is no checkpoint
+) -> dict | None:  # settings, history, model, optimizer, easy tiles, scaler; None if there is no checkpoint
     "The state after the last finished epoch; `SaltError` if it is damaged or belongs to other settings."
     if not path.exists():
         return None
@@ -393,7 +400,7 @@ def fit_phase(
         "model": model, "start": start if start in ("imagenet", "scratch") else checksum(start), "loss": loss, "augment": augment, "epochs": epochs,
         "batch_size": batch_size, "lr": lr, "seed": seed, "optimizer": optimizer, "schedule": schedule, "draws": draws, "skip_easy": skip_easy, "dropout": dropout,
         "batch_norm_momentum": batch_norm_momentum, "clip": clip,
-        "tiles": hashlib.sha256(b"".join([*(id.encode() for id in train.ids), train.images, train.masks])).hexdigest(),
+        "tiles": hashlib.sha256(b"".join(part for tiles in (train, valid) for part in (*(id.encode() for id in tiles.ids), tiles.images, tiles.masks))).hexdigest(),
     }
     state = read_checkpoint(folder / "checkpoint.pt", settings, where)
     set_seed(seed)
@@ -402,32 +409,38 @@ def fit_phase(
         load_weights(network, start)
     for norm in (m for m in network.modules() if batch_norm_momentum and isinstance(m, torch.nn.BatchNorm2d)):
         norm.momentum = batch_norm_momentum
-    workers = 0 if where.type == "cpu" else min(8, len(os.sched_getaffinity(0)))  # on a CPU the cores are busy with the network
+    workers = 0 if where.type == "cpu" else min(8, usable_cores())  # on a CPU the cores are busy with the network
     sampler = EpochSampler(len(train), batch_size, seed, draws and draws * len(train), skip_easy)
     loaders = DataLoaders(
         BatchesOn(where, TileDataset(train.images, train.masks, AUGMENTATIONS[augment](), seed), batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0),
         BatchesOn(where, TileDataset(valid.images, valid.masks), batch_size=64),
     )
     loaders.n_inp = 1
+    half = precision_callbacks(where)
     history = History(model, state["history"] if state else [])
     cycle = epochs if schedule["name"] == "cosine" else None
-    checkpoint = Checkpoint(folder, settings, history, cycle)
+    checkpoint = Checkpoint(folder, settings, history, cycle, state and state["scaler"])
     learner = Learner(
         loaders, network, lambda output, target, rows: LOSSES[loss](output, target), opt_func=partial(make_optimizer, **optimizer), lr=lr, train_bn=False, wd_bn_bias=True,
-        cbs=[EpochSeeds(seed), ToNetworkInput(model), *precision_callbacks(where), FiniteLoss(train.ids), Captured(batch_size), *([GradientClip(clip)] if clip else []), *([EasyTiles()] if skip_easy else []), history, checkpoint],
+        cbs=[EpochSeeds(seed), ToNetworkInput(model), *half, FiniteLoss(train.ids), Captured(batch_size), *([GradientClip(clip)] if clip else []), *([EasyTiles()] if skip_easy else []), history, checkpoint],
     )
     learner.remove_cb(learner.recorder)  # it waits for every batch's loss, which History doesn't
     if state:
         network.load_state_dict(state["model"])
         learner.create_opt()
         learner.opt.load_state_dict(state["optimizer"])
-        sampler.easy[:] = state["easy"].numpy()
+        sampler.easy[:] = state["easy"].cpu().numpy()
         print(f"going on after epoch {len(history.rows) - 1}")
-    with learner.no_bar(), learner.no_logging():
-        if schedule["name"] == "one_cycle":
-            learner.fit_one_cycle(epochs, lr, start_epoch=len(history.rows))
-        else:
-            learner.fit(epochs * schedule.get("cycles", 1), start_epoch=len(history.rows), cbs=EpochRate(schedule, lr, epochs, history.rows))
+    try:
+        with learner.no_bar(), learner.no_logging():
+            if schedule["name"] == "one_cycle":
+                learner.fit_one_cycle(epochs, lr, start_epoch=len(history.rows))
+            else:
+                learner.fit(epochs * schedule.get("cycles", 1), start_epoch=len(history.rows), cbs=EpochRate(schedule, lr, epochs, history.rows))
+    finally:  # an interrupted forward pass would leave half precision on for all that follows in a notebook
+        for callback in half:
+            if isinstance(callback, Bfloat16):
+                callback.leave()
     table = pd.DataFrame(history.rows)
     save_weights(network, folder / "weights" / "last.safetensors")
     write_atomic(folder / "history.csv", table.to_csv(index=False))

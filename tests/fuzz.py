@@ -2,7 +2,7 @@
 
 Each target starts from sound input, changes it at random and hands it to a reader. Whatever comes out must be a
 refusal in a sentence (`SaltError`) or an answer that an independent reading confirms. A process that needs more than
-its limit of memory, or a second for one input, has failed. test_fuzz.py runs a small share of it.
+its limit of memory, or `SECONDS` for one input, has failed. test_fuzz.py runs a small share of it.
 """
 
 import argparse

@@ -237,7 +237,7 @@ def test_the_report_shows_names_and_does_not_run_them():
         new.new_output("stream", name="stdout", text=evil), new.new_output("execute_result", data={"text/html": table._repr_html_(), "text/plain": repr(table)}),
         new.new_output("error", ename=evil, evalue=evil, traceback=[evil]),
     ]
-    page, _ = nbconvert.HTMLExporter(exclude_input=True, embed_images=True).from_notebook_node(new.new_notebook(cells=[new.new_code_cell("", outputs=outputs)]))
+    page, _ = nbconvert.HTMLExporter(exclude_input=True, embed_images=True, extra_template_basedirs=[str(ROOT / "nbs/runs")], template_name="report_page").from_notebook_node(new.new_notebook(cells=[new.new_code_cell("", outputs=outputs)]))
     assert evil not in page and "<img src=x" not in page and page.count(html.escape(evil, quote=False)) >= 3
 
 

@@ -36,7 +36,7 @@ def noisy(images, deviation):
     return (images + np.random.default_rng(1).normal(0, deviation, images.shape)).clip(0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("method, noise, least_found", [("published", 0, 0.7), ("default", 0, 0.8), ("published", 5, 0), ("default", 5, 0.3), ("default", 15, 0.3)])
+@pytest.mark.parametrize("method, noise, least_found", [("published", 0, 0.7), ("default", 0, 0.8), ("published", 5, 0.1), ("default", 5, 0.3), ("default", 15, 0.3)])
 def test_neighbours_of_synthetic_sections(sections, method, noise, least_found):
     ids, images, truth = sections
     found = named(find_neighbors(noisy(images, noise) if noise else images, method), ids)
@@ -146,12 +146,13 @@ def test_bad_tiles_are_refused_and_nothing_is_placed_blindly(sections, method):
 def test_the_published_rule_finds_the_published_pairs(tgs):
     ids, images = load_all(tgs)
     pairs = find_neighbors(images, "published")
-    assert dict(pairs["direction"].value_counts()) == {"down": 3498, "right": 2855}
     released = pd.read_csv(tgs.parent / "reference" / "adjacency_half.csv", dtype=str)
     for direction, known in released.groupby("direction"):
         own = pairs[pairs["direction"] == direction]
         follower = dict(zip(ids[own["first"]], ids[own["second"]]))
         assert [] == [(a, b) for a, b in zip(known["first"], known["second"]) if follower.get(a, b) != b]
+        found = sum(follower.get(a) == b for a, b in zip(known["first"], known["second"]))
+        assert found >= 0.7 * len(known), (direction, found, len(known))
 
 
 def test_the_default_rule_reaches_further_and_contradicts_nothing(tgs):

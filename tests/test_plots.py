@@ -183,6 +183,13 @@ def test_confidence_counts_the_threshold_itself(confidence, title):
     assert title in texts(figure)
 
 
+def test_each_threshold_of_the_next_round_is_drawn_and_none_after_the_last():
+    confidence = np.array([0.5, 0.9, 0.95, 1.0])
+    two, none = plots.plot_confidence(confidence, 0.9, 0.97), plots.plot_confidence(confidence)
+    assert "3 of 4 tiles reach a confidence of 0.9\n1 of 4 tiles reach a confidence of 0.97" in texts(two)
+    assert "how sure 4 tiles are" in texts(none) and len(none.axes[0].patches) == 0
+
+
 @pytest.mark.parametrize("coverages, title", [(np.array([0, 0, 0.5]), "2 of 3 tiles hold no salt, the others 50 %"), (np.zeros(4), "4 of 4 tiles hold no salt"), (np.array([0.01, 1.0]), "0 of 2 tiles"), (np.array([]), "0 of 0 tiles")])
 def test_coverage_counts_every_tile(coverages, title):
     figure = plots.plot_coverage(coverages)

@@ -248,6 +248,43 @@ def test_second_call_runs_nothing(finished):
     assert salt(project, "run", "demo", *SHORT, "--dry-run").stdout == "0 of 12 steps would run.\n"
 
 
+def test_a_copy_with_any_dates_is_not_made_again(finished, tmp_path):
+    project = tmp_path / "copy"
+    shutil.copytree(finished[0], project, symlinks=True, ignore=shutil.ignore_patterns(".snakemake"))
+    steps = recipe_steps(read_recipe(project / "outputs/demo/recipe.yaml"))
+    for age, step in enumerate(steps):  # each newer than those that read it
+        os.utime(step_folder(read_recipe(project / "outputs/demo/recipe.yaml"), step, project / "outputs") / "record.json", (1e9 - age, 1e9 - age))
+    shutil.rmtree(project / "outputs/demo/report")
+    (project / "outputs/demo/submission.csv").unlink()
+    before = records(project)
+    assert "1 of 12 steps to run" in salt(project, "run", "demo", *SHORT).stdout
+    after = records(project)
+    assert set(after) - set(before) == {"report"} and {k: after[k] for k in before} == before
+    assert (project / "outputs/demo/submission.csv").read_bytes() == (finished[0] / "outputs/demo/submission.csv").read_bytes()
+
+
+def test_a_round_is_added_to_a_finished_run(tmp_path):
+    project = make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=8)
+    text = """
+name: grows
+data: data/demo
+folds: {n: 2, use: [0]}
+rounds:
+  round1: {phases: {one: {model: compact, epochs: 1, batch_size: 8, lr: 1e-3, loss: bce_dice}}, ensemble: {one: 1}}
+"""
+    (project / "grows.yaml").write_text(text)
+    salt(project, "run", "grows.yaml")
+    before, first = records(project, "grows"), (project / "outputs/grows/submission.csv").read_bytes()
+    (project / "grows.yaml").write_text(text + "  round2: {phases: {two: {model: compact, start: round1/one, epochs: 1, batch_size: 8, lr: 1e-3, loss: lovasz_elu}}, ensemble: {two: 1}}\n")
+    assert "outputs/grows/report was made with other settings" in salt(project, "run", "grows.yaml", check=False).stderr
+    shutil.rmtree(project / "outputs/grows/report")
+    assert "all 8 steps are done" in salt(project, "run", "grows.yaml").stdout
+    after = records(project, "grows")
+    assert {k for k in before if after[k] == before[k]} == set(before) - {"report"}
+    assert (project / "outputs/grows/round1/ensemble/submission.csv").read_bytes() == first != (project / "outputs/grows/submission.csv").read_bytes()
+    assert "0 of 8 steps to run" in salt(project, "run", "grows.yaml").stdout
+
+
 def test_a_machine_without_network_hands_its_results_out_in_pieces(finished, tmp_path):
     project, home = tmp_path / "there", tmp_path / "home"
     shutil.copytree(finished[0], project, symlinks=True)
@@ -348,7 +385,9 @@ def test_kernels_are_forked_but_for_a_cluster(tmp_path, monkeypatch, gpus, profi
 def test_trainings_alone_need_the_folds_and_the_train_tiles(tmp_path):
     project = make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=8)
     short = ["compact", "--data", "data/demo", "--set", "rounds.*.phases.*.epochs=1"]
-    assert "1 of 6 steps are done" in salt(project, "run", *short, "--until", "prepare").stdout
+    assert "3 of 6 steps would run." in salt(project, "run", *short, "--until", "train", "--dry-run").stdout
+    printed = salt(project, "run", *short, "--until", "prepare").stdout
+    assert "1 of 6 steps to run" in printed and "1 of 6 steps are done" in printed
     shutil.rmtree(project / "data/demo/test")
     assert "3 of 6 steps are done" in salt(project, "run", *short, "--until", "train").stdout
     done = {step: read_record(project / "outputs/compact" / step) for step in ("prepare", "round1/start/fold0/train", "round1/lovasz/fold0/train")}
