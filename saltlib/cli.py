@@ -7,8 +7,8 @@ __all__ = ['FOLLOWS', 'PUBLISHED_V5', 'PUBLISHED_BES', 'check_parameters', 'say'
            'holder', 'visible_gpus', 'hold_gpu', 'run_step', 'Progress', 'interrupt_all', 'watch', 'find_recipe',
            'load_recipe', 'outdated_steps', 'steps_until', 'count_tiles', 'training_passes', 'measured_rates',
            'expected_cost', 'find_profile', 'run_recipe', 'notebook_error', 'status_rows', 'show_status', 'from_root',
-           'compare_runs', 'blend_runs', 'Member', 'published_members', 'run_members', 'find_members', 'predict_folder',
-           'predict_settings', 'run_demo', 'make_parser', 'main']
+           'compare_runs', 'blend_runs', 'Member', 'published_members', 'run_members', 'find_members', 'reserve',
+           'predict_folder', 'predict_settings', 'run_demo', 'positive', 'make_parser', 'main']
 
 # %% ../nbs/18_cli.ipynb #95b424de
 import argparse, contextlib, fcntl, io, json, os, re, shutil, signal, socket, subprocess, sys, tempfile, time
@@ -20,9 +20,9 @@ from pathlib import Path
 
 import psutil
 
-from .core import SaltError, changed_files, checksum, pick_device, project_root, read_json, read_record, runs_folder, usable_cores, write_atomic
+from .core import SaltError, changed_files, checksum, cleared_if_failed, pick_device, project_root, read_json, read_record, runs_folder, usable_cores, write_atomic
 from .data import refuse_bad_data
-from .recipes import Recipe, Step, full_name, read_recipe, recipe_folder, recipe_steps, step_folder, step_inputs, write_recipe
+from .recipes import Recipe, Step, check_settings, full_name, read_recipe, recipe_folder, recipe_steps, step_folder, step_inputs, write_recipe
 
 # papermill and nbformat load jsonschema, which would build a grammar of web addresses for 3 s if it could; notebooks hold none.
 sys.modules["rfc3987_syntax"] = sys.modules.get("rfc3987_syntax")
@@ -157,9 +157,13 @@ def run_step(
     fold: int | None = None,  # of a train or predict step; None: of a phase that all folds share
     threads: int = 0,  # for torch on the CPU; 0 leaves it to torch
 ) -> None:
-    "Carry out one step of a recipe, if its record does not say that it is done."
+    "Carry out one step of a recipe, if its record does not say that it is done. `SaltError` if the recipe has no such step."
     os.chdir(project_root())
     recipe, step = read_recipe(recipe_file), Step(kind, round, phase, fold)
+    if Path(recipe_file).name != "recipe.yaml" or Path(recipe_file).resolve().parent.name != recipe.name:
+        raise SaltError(f"{recipe_file} is not the recipe of a run: give outputs/{recipe.name}/recipe.yaml, which salt run writes.")
+    if step not in recipe_steps(recipe):
+        raise SaltError(f"{recipe_file} has no step '{step}': name kind, round, phase and fold as salt status lists them.")
     folder = step_folder(recipe, step, Path(recipe_file).parent.parent)
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the kernel when it starts
@@ -313,9 +317,11 @@ def outdated_steps(
         record = read_record(folder)
         if changed := changed_files(folder, record) if record else []:
             print(f"{changed[0]} is missing or no longer what the step '{step}' wrote, which is done again.", flush=True)
+        lost = step.kind == "report" and not (folder / "report.ipynb").exists()  # its page is made from it
         if (
             record is None
             or changed
+            or lost
             or set(inputs) & set(outdated)
             or any(record["inputs"].get(str(f.relative_to(outputs))) != checksum(f / "record.json") for f in (step_folder(recipe, i, outputs) for i in inputs))
         ):
@@ -340,7 +346,7 @@ def count_tiles(
 ) -> tuple[int, int]:  # train and test tiles; those of the competition, if there are no data yet
     "How many tiles the tables of a data folder list."
     tables = [Path(data) / name for name in ("train.csv", "sample_submission.csv")]
-    return tuple(len(t.read_text().splitlines()) - 1 for t in tables) if all(t.is_file() for t in tables) else (4000, 18_000)
+    return tuple(len(t.read_bytes().splitlines()) - 1 for t in tables) if all(t.is_file() for t in tables) else (4000, 18_000)
 
 
 def training_passes(
@@ -423,6 +429,11 @@ def run_recipe(
     # A cluster's scheduler deals out GPUs and cores. Here, each GPU has one step at a time; on a CPU the trainings that can be at work together share the cores.
     gpus = 0 if recipe.device == "cpu" else len(visible_gpus())
     use_gpu = recipe.device != "cpu" and bool(profile or gpus)
+    check_settings(recipe, outputs)
+    if profile:
+        find_profile(profile)
+    if recipe.folds.file and not Path(recipe.folds.file).is_file() and read_record(step_folder(recipe, Step("prepare"), outputs)) is None:
+        raise SaltError(f"{recipe.folds.file} is missing: folds.file counts from {Path.cwd()}.")
     if dry_run:
         steps = [step for step in outdated_steps(recipe, outputs) if step in steps_until(recipe, until)]
         print(*steps, f"{len(steps)} of {len(recipe_steps(recipe))} steps would run.", *(expected_cost(recipe, steps, outputs, use_gpu) if steps else ()), sep="\n")
@@ -445,16 +456,18 @@ def run_recipe(
                 (place / "checkpoint.pt").unlink(missing_ok=True)
                 shutil.rmtree(place / "predictions.zarr", ignore_errors=True)
                 (place / "record.json").unlink()
-        if outdated:
-            (step_folder(recipe, outdated[-1], outputs) / "report.html").unlink(missing_ok=True)
+        page = step_folder(recipe, Step("report"), outputs) / "report.html"
+        if outdated or page.exists() and not page.stat().st_size:
+            page.unlink(missing_ok=True)
         if until:
             where += ["--omit-from", FOLLOWS[until], *(["train_shared"] if FOLLOWS[until] == "train" else [])]
         if not profile:
             where += ["--resources", f"gpu={gpus}"]
+        # A step that was at work when Snakemake was killed may have come to its end since; its record, written last, says so: --ignore-incomplete.
         command = [
             sys.executable, "-m", "snakemake", "--snakefile", str(runs_folder() / "Snakefile"), "--directory", str(folder), *where,
             "--config", f"gpu={int(use_gpu)}", f"cores={1 if profile or gpus else cores}",
-            "--rerun-incomplete", "--rerun-triggers", "mtime", "--keep-going", "--nolock", "--quiet", "all",
+            "--ignore-incomplete", "--rerun-triggers", "mtime", "--keep-going", "--nolock", "--quiet", "all",
         ]
         # Snakemake inherits the lock: as long as it works, also after this process was killed, no other run begins.
         passes = {str(step): training_passes(recipe, step) if step.kind in ("train", "predict") else 100 for step in steps}  # the others: about as long as some tiles
@@ -464,13 +477,16 @@ def run_recipe(
             status = watch(command, [lock.fileno()], Progress(recipe.name, passes, epochs, lambda step: records[step].exists()), quiet, verbose)
     if status:
         failed = [row for row in status_rows(recipe, outputs) if row[1] == "failed"]
-        raise SaltError("\n".join([f"{recipe.name} is not complete; mend this and give the same command again, finished steps are kept:", *(f"  {row[0]}: {row[2]}" for row in failed)]))
+        reasons = [f"  {row[0]}: {row[2]}" for row in failed] or [f"  no step says why; Snakemake's own account is the newest file in {folder}/.snakemake/log"]
+        raise SaltError("\n".join([f"{recipe.name} is not complete; mend this and give the same command again, finished steps are kept:", *reasons]))
     if not quiet:
         rows = status_rows(recipe, outputs)
         done = sum(row[1] == "done" for row in rows)
         print(f"{recipe.name}: {'all' if done == len(rows) else f'{done} of'} {len(rows)} steps are done")
-        print(*(f"{step}: {figures}" for step, _, figures in rows if step.startswith("ensemble")), sep="\n")
-        print(f"executed notebooks: {folder}/*/*/*/*/*.ipynb and {folder}/*/*/*.ipynb")
+        for step, state, figures in rows:
+            if step.startswith("ensemble") and state == "done":
+                print(f"{step}: {figures}")
+        print(f"executed notebooks: {folder}/**/*.ipynb")
         if done == len(rows):
             print(f"report:             {folder}/report/report.ipynb and {folder}/report/report.html")
             print(f"submission:         {folder}/submission.csv")
@@ -478,7 +494,7 @@ def run_recipe(
 # %% ../nbs/18_cli.ipynb #4dd69a26
 def notebook_error(
     path: Path,  # an executed notebook
-) -> str | None:  # last line of its error, None if it has none
+) -> str | None:  # first lines of its error, None if it has none
     "The error that ended a notebook."
     import nbformat
 
@@ -491,7 +507,8 @@ def notebook_error(
     except Exception:
         return "It was cut off while it wrote its notebook."
     for output in (o for c in cells for o in c.get("outputs", []) if o.output_type == "error"):
-        return re.sub(r"\x1b\[[0-9;]*m", "", f"{output.ename}: {output.evalue}").strip().splitlines()[-1]
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", f"{output.ename}: {output.evalue}").strip().splitlines()
+        return " ".join(line.strip() for line in lines[:2])  # a list of problems, too, begins with what they are about
     return None
 
 
@@ -504,7 +521,12 @@ def status_rows(
     for step in recipe_steps(recipe):
         folder = step_folder(recipe, step, outputs)
         notebook = folder / f"{step.kind}.ipynb"
-        if record := read_record(folder):
+        try:
+            record = read_record(folder)
+        except SaltError as error:  # a damaged record hides no other step
+            rows.append((str(step), "failed", str(error)))
+            continue
+        if record:
             figures = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record["metrics"].items())
             rows.append((str(step), "done", f"{figures} ({record['seconds']:.0f} s)"))
         elif worker := holder(folder / ".lock"):
@@ -585,11 +607,11 @@ def blend_runs(
     "Average finished runs. `SaltError` before work begins if a run is not finished, a weight is none, the folder is in use, or the runs' tiles differ."
     from saltlib.steps import check_same_tiles, open_runs
 
-    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+    if Path(out).exists() and (not Path(out).is_dir() or {file.name for file in Path(out).iterdir()} - {"blend.ipynb"}):  # alone, it tells why a blend failed
         raise SaltError(f"{out} is there already and not empty: delete it or name another folder for the mean of the runs.")
     names, weights = zip(*(re.fullmatch(r"(.*?)(?:=([^=]*))?", run).groups(default="1") for run in given))
     for run, weight in zip(given, weights):
-        if not re.fullmatch(r"\d+(\.\d+)?", weight) or float(weight) == 0:
+        if not re.fullmatch(r"\d{0,9}(\.\d+)?", weight) or not float(weight or 0):
             raise SaltError(f"{run} gives no weight: write RUN or RUN=WEIGHT, with a number above 0.")
     root = project_root()
     runs = open_runs(list(names), root / "outputs")
@@ -598,7 +620,8 @@ def blend_runs(
     out.mkdir(parents=True, exist_ok=True)
     parameters = {"runs": [from_root(recipe_folder(run.recipe, run.outputs), root) for run in runs.values()], "weights": [float(weight) for weight in weights], "out": from_root(out, root)}
     os.chdir(root)
-    execute_notebook(os.path.relpath(runs_folder() / "blend.ipynb"), out / "blend.ipynb", parameters, "blend")
+    with cleared_if_failed(out, keep="blend.ipynb"):
+        execute_notebook(os.path.relpath(runs_folder() / "blend.ipynb"), out / "blend.ipynb", parameters, "blend")
 
 # %% ../nbs/18_cli.ipynb #c8d31c76
 PUBLISHED_V5 = re.compile(r"model_128_res34v5(?P<fold>\d)(?P<snapshot>\d)\.pth")
@@ -661,6 +684,19 @@ def find_members(
     return members
 
 # %% ../nbs/18_cli.ipynb #826bf3b5
+def reserve(
+    path: str,  # a file with holes, as it is made for an array in memory
+    problem: str,  # what to say if there is no room for it
+) -> None:
+    "Give the file its place on the disk, which otherwise ends the process when it is full. `SaltError` if there is none."
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+            except OSError as error:
+                raise SaltError(f"{problem} ({error.strerror}, {os.path.getsize(path) / 2**20:.0f} MiB): make room or name another place.") from None
+
+
 def predict_folder(
     images: str | Path,  # folder of ID.png
     models: str | Path,  # as in `find_members`
@@ -680,11 +716,19 @@ def predict_folder(
         raise SaltError(f"The result can't be written to {out}: name a file in a folder that is there.")
     members = find_members(models)
     ids, tiles = load_images(images)
+    def load(member: Member):
+        return load_networks(member.model, [member.path])[0] if member.path.suffix == ".safetensors" else load_published(member.path, member.model)
+
+    for member in {member.path: member for member in members}.values():
+        load(member)  # a damaged one is refused before the others have worked
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        means = {group: np.lib.format.open_memmap(f"{scratch}/{group}.npy", "w+", np.float32, tiles.shape) for group in {m.group for m in members}}
+        means = {}
+        for group in {m.group for m in members}:
+            means[group] = np.lib.format.open_memmap(file := f"{scratch}/{group}.npy", "w+", np.float32, tiles.shape)
+            reserve(file, f"{out.parent} has no room for the probabilities of {len(ids)} tiles")
         for k, member in enumerate(members):
             print(f"network {k + 1} of {len(members)}: {member.path.name} as {member.model}, {len(ids)} tiles", flush=True)
-            network = load_networks(member.model, [member.path])[0] if member.path.suffix == ".safetensors" else load_published(member.path, member.model)
+            network = load(member)
             part = member.weight / sum(m.weight for m in members if m.group == member.group)
             predictor = Predictor(network, member.model, len(ids), device=device)
             for rows in in_pieces(len(ids)):
@@ -704,7 +748,10 @@ def predict_settings(
     args: argparse.Namespace,  # of `salt predict`
 ) -> dict[str, str]:  # images, models, out
     "Where tiles, networks and result are: from the options, or else from the settings file. `SaltError` if one is not said."
-    given = read_json(args.settings) if args.settings else {}
+    try:
+        given = read_json(args.settings) if args.settings else {}
+    except SaltError as error:
+        raise SaltError(f"{args.settings} is no file of settings ({error.__cause__}): give a JSON file with the keys images, models and out.") from None
     if not isinstance(given, dict) or (unknown := sorted(set(given) - {"images", "models", "out"})) or not all(isinstance(v, str) for v in given.values()):
         raise SaltError(f"{args.settings} may hold the texts images, models and out, and nothing else{f' (it has {unknown})' if isinstance(given, dict) and unknown else ''}.")
     given |= {key: value for key in ("images", "models", "out") if (value := getattr(args, key))}
@@ -723,6 +770,15 @@ def run_demo() -> None:
     run_recipe(recipe)
 
 # %% ../nbs/18_cli.ipynb #46e2fe54
+def positive(
+    text: str,  # of an option
+) -> int:
+    "A whole number above 0. `ValueError` for others, which argparse reports."
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def make_parser() -> argparse.ArgumentParser:
     "The subcommands and their options."
     parser = argparse.ArgumentParser("salt", description="Find salt bodies in seismic tiles: the TGS challenge's winning method and more.")
@@ -734,7 +790,7 @@ def make_parser() -> argparse.ArgumentParser:
     check.add_argument("folder", metavar="DIR", help="folder with depths.csv, train.csv, sample_submission.csv and the tiles, zipped or not")
     run = command("run", "Run the missing steps of a recipe.", epilog="example: salt run compact --set folds.use=[0]")
     run.add_argument("--dry-run", action="store_true", help="say which steps would run, how long and with how much disk")
-    run.add_argument("--cores", type=int, metavar="N", help="CPU cores to use (default: all)")
+    run.add_argument("--cores", type=positive, metavar="N", help="CPU cores to use (default: all)")
     run.add_argument("--until", choices=["prepare", "train"], help="end before the steps that follow those of this kind")
     run.add_argument("--profile", metavar="NAME", help="hand the steps to a cluster: slurm, kubernetes, or a folder with a Snakemake profile")
     say = run.add_mutually_exclusive_group()
@@ -808,6 +864,8 @@ def main(
             from rich.console import Console
             from saltlib.bench import bench_table, run_bench
 
+            if args.json:
+                write_atomic(args.json, "")  # a place that can't be written is refused before the work
             bench = run_bench(args.quick, args.scale)
             Console(width=None if sys.stdout.isatty() else 200).print(bench_table(bench))
             if args.json:
@@ -817,10 +875,14 @@ def main(
     except SaltError as error:
         print(f"salt {args.command}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # as of `salt status | head`
+        sys.stdout = None
+        return 1
     except OSError as error:
         print(f"salt {args.command}: {error.filename or 'a file'}: {error.strerror}. Mend that and give the same command again; finished steps and epochs are kept.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"salt {args.command}: stopped; the same command goes on from the last finished step and epoch.", file=sys.stderr)
+        goes_on = "; the same command goes on from the last finished step and epoch" * (args.command in ("demo", "run", "step"))
+        print(f"salt {args.command}: stopped{goes_on}.", file=sys.stderr)
         return 130
     return 0

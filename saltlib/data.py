@@ -182,7 +182,7 @@ def folder_files(
     "The tiles of a folder."
     files = TileFiles(place)
     if not Path(folder).is_dir():
-        files.problems.append(f"{place} is missing.")
+        files.problems.append(f"{place} is {'no folder' if Path(folder).exists() else 'missing'}.")
         return files
     for entry in os.scandir(folder):
         # A FIFO of that name would be read for ever.
@@ -656,7 +656,7 @@ class PredictionStore:
             raise SaltError(f"{path} holds predictions for other tiles or by another model ({store.attributes}): delete it, or choose another place.")
         for k in np.flatnonzero(store._flags).tolist():  # what was written before an interruption and was lost or damaged since is predicted again
             try:
-                store._flags[k] = (path / "probs" / store._probs.metadata.encode_chunk_key((k, 0, 0))).exists() and store._chunk(k) is not None
+                store._flags[k] = store._chunk(k) is not None
             except SaltError:
                 store._flags[k] = False
         return store
@@ -664,6 +664,8 @@ class PredictionStore:
     def _chunk(self, k: int) -> np.ndarray:  # float16 [n,size,size]
         "The predictions of a chunk. `SaltError` if they are damaged."
         try:
+            if not (self.path / "probs" / self._probs.metadata.encode_chunk_key((k, 0, 0))).exists():  # zarr would read zeros
+                raise OSError("a file is missing")
             return self._probs[k * CHUNK : (k + 1) * CHUNK]
         except (OSError, ValueError, RuntimeError) as error:
             raise SaltError(f"{self.path} is damaged in the predictions of rows {k * CHUNK} to {(k + 1) * CHUNK} ({error}): delete it and predict again.") from None

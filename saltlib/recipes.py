@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Name', 'PhaseName', 'Snapshots', 'ModelName', 'Strict', 'AdamW', 'RMSprop', 'SGD', 'OneCycle', 'Plateau', 'Cosine',
            'PseudoLabels', 'Synthetic', 'same_network', 'Phase', 'Members', 'Round', 'Folds', 'Recipe', 'full_name',
-           'set_value', 'count_values', 'parse_recipe', 'read_recipe', 'recipe_folder', 'fold_file', 'write_recipe',
-           'Step', 'fold_of', 'members', 'recipe_steps', 'previous_round', 'step_inputs', 'trainings_beside',
-           'is_contaminated', 'step_folder', 'rules_in_use', 'step_arguments']
+           'set_value', 'count_values', 'refuse_twins', 'parse_recipe', 'read_recipe', 'recipe_folder', 'fold_file',
+           'check_settings', 'write_recipe', 'Step', 'fold_of', 'members', 'recipe_steps', 'previous_round',
+           'step_inputs', 'trainings_beside', 'is_contaminated', 'step_folder', 'rules_in_use', 'step_arguments']
 
 # %% ../nbs/14_recipes.ipynb #b36c8219
 from dataclasses import dataclass
@@ -227,7 +227,7 @@ class Recipe(Strict):
     name: Name  # results go to outputs/<name>/
     data: str  # data folder in the competition's shape
     seed: int = Field(0, ge=0)
-    device: str = "auto"  # 'auto', 'cpu', 'cuda'
+    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     folds: Folds = Folds()
     clean_pseudo_labels: bool = True  # fold k's pseudo-labels come only from models that never saw fold k's tiles
     postprocess: tuple[Literal["published", "continued"], ...] = ()  # mosaic rules that correct the submission; the first that speaks of a tile decides
@@ -301,6 +301,24 @@ def count_values(
     return size(node)
 
 
+def refuse_twins(
+    root: yaml.Node | None,  # of `yaml.compose`
+) -> None:
+    "`ValueError` for a key that stands twice in one place: YAML would take the last one without a word."
+    nodes, seen = [root], set()
+    while nodes:
+        if id(node := nodes.pop()) in seen:  # an alias
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            names = [(key.value, key.start_mark.line + 1) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            nodes += [value for _, value in node.value]
+            if twins := [(name, line) for k, (name, line) in enumerate(names) if name in dict(names[:k])]:
+                raise ValueError(f"line {twins[0][1]} has {twins[0][0]} a second time in its place")
+
+
 def parse_recipe(
     plain: dict,  # as read from YAML
     where: str,  # file name for error messages
@@ -320,7 +338,8 @@ def read_recipe(
     "The recipe in a file, with changes. `SaltError` for an unreadable file, an unknown key or a value out of range."
     path = Path(path)
     try:
-        plain = yaml.safe_load(path.read_text())
+        refuse_twins(yaml.compose(text := path.read_text(), yaml.SafeLoader))
+        plain = yaml.safe_load(text)
         largest = count_values(plain)
     except Exception as error:  # besides its own errors, PyYAML has those of int, datetime and the interpreter's stack
         raise SaltError(f"{path} could not be read as YAML: {error}") from None
@@ -335,7 +354,7 @@ def read_recipe(
         except Exception:  # as above
             done = 0
         if not done:
-            raise SaltError(f"--set {change} changes nothing in {path.name}: write key=value with a key of the recipe, such as rounds.round1.phases.compact.epochs=1.")
+            raise SaltError(f"--set {change} changes nothing in {path.name}: write key=value with a key of the recipe, such as rounds.round1.phases.compact.epochs=1; of a part that it leaves out, set the whole: ...pseudo_labels={{confidence: 0.5}}.")
     return parse_recipe(plain, path.name)
 
 # %% ../nbs/14_recipes.ipynb #32621db4
@@ -354,11 +373,11 @@ def fold_file(
     return {file: checksum(file)} if (file := recipe.folds.file) and Path(file).is_file() else {}
 
 
-def write_recipe(
+def check_settings(
     recipe: Recipe,
     outputs: str | Path,  # the project's outputs folder
-) -> Path:  # outputs/<name>/recipe.yaml
-    "Write the recipe beside its results; `SaltError` if finished steps there were made with other settings or another fold file."
+) -> None:
+    "`SaltError` if finished steps were made with other settings or another fold file."
     changed = {}  # folder -> settings then and now
     for step in recipe_steps(recipe):
         record, now = read_record(folder := step_folder(recipe, step, outputs)), step_arguments(recipe, step)
@@ -373,6 +392,14 @@ def write_recipe(
             f"{first} was made with other settings (then and now: {changed[first]}){f'; so were {names}' if others else ''}: give this run a name of its own with --set name=..., "
             f"or delete what was made with other settings to make it again."
         )
+
+
+def write_recipe(
+    recipe: Recipe,
+    outputs: str | Path,  # the project's outputs folder
+) -> Path:  # outputs/<name>/recipe.yaml
+    "Write the recipe beside its results; `SaltError` as `check_settings`."
+    check_settings(recipe, outputs)
     return write_atomic(recipe_folder(recipe, outputs) / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
 
 # %% ../nbs/14_recipes.ipynb #4a9f156b

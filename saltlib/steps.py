@@ -412,13 +412,13 @@ def open_run(
     run: str | Path,  # a name in outputs, or the folder of a run
     outputs: str | Path,  # the project's outputs folder
 ) -> OpenStep:  # the ensemble of its last round
-    "A finished run, to be read. `SaltError` if it is not there or its last round has no ensemble yet."
+    "A finished run, to be read. `SaltError` if it is not there, its last round has no ensemble yet, or that one's results are damaged."
     folder = Path(run) if (Path(run) / "recipe.yaml").is_file() else Path(outputs) / run
     if not (folder / "recipe.yaml").is_file():
         raise SaltError(f"There is no run {run}: give the name of a folder in {outputs}, or a run's folder (with recipe.yaml).")
     recipe = read_recipe(folder / "recipe.yaml").model_copy(update={"name": folder.name})  # a copy of a run may have another name
     step = Step("ensemble", list(recipe.rounds)[-1])
-    if read_record(place := step_folder(recipe, step, folder.parent)) is None:
+    if read_record(place := step_folder(recipe, step, folder.parent), verify=True) is None:
         raise SaltError(f"{folder} has no scores yet: finish it first with salt run {folder.name}.")
     return OpenStep(recipe, step, folder.parent, RunRecord(place, step.kind, {}))
 

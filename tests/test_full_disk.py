@@ -135,3 +135,17 @@ def test_read_only_outputs_are_refused_at_once(tmp_path):
             assert said.getvalue().startswith(f"salt {command[0]}: outputs") and "Read-only file system" in said.getvalue() and said.getvalue().count("\\n") == 1, said.getvalue()
         print("refused")
     """) == "refused\n"
+
+
+def test_an_array_in_a_file(tmp_path):
+    "Without room reserved, writing to it would end the process with SIGBUS."
+    assert on_small_disk(tmp_path / "disk", "3m", """
+        from saltlib.cli import reserve
+        np.lib.format.open_memmap(folder / "means.npy", "w+", np.float32, (200, 101, 101))
+        with pytest.raises(SaltError, match="no room .No space left on device, 8 MiB.: make room"):
+            reserve(str(folder / "means.npy"), "no room")
+        grow()
+        reserve(str(folder / "means.npy"), "no room")
+        np.load(folder / "means.npy", mmap_mode="r+")[:] = 1
+        print("whole")
+    """) == "whole\n"

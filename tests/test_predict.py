@@ -70,3 +70,13 @@ def test_bad_input_is_refused_before_work(tiles, tmp_path):
     settings.write_text(json.dumps({"images": str(folder), "models": str(tmp_path / "empty"), "out": str(tmp_path / "new.csv")}))
     done = subprocess.run([Path(sys.executable).with_name("salt"), "predict", "--settings", settings], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "holds no networks" in done.stderr
+    done = subprocess.run([Path(sys.executable).with_name("salt"), "predict", "--settings", tmp_path / "none.json"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "none.json is no file of settings" in done.stderr
+
+
+def test_a_damaged_network_is_refused_before_another_works(tiles, released, tmp_path, capsys):
+    bes = next(released.rglob("*.hdf5"))
+    bes.write_bytes(bes.read_bytes()[:100_000])
+    with pytest.raises(SaltError, match="fold_0.hdf5 is not a whole Keras weights file"):
+        predict_folder(tiles[0], released, tmp_path / "new.csv", device="cpu")
+    assert "network 1" not in capsys.readouterr().out and not list(tmp_path.glob(".new.csv*"))

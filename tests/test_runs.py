@@ -1,5 +1,6 @@
 """Whole runs on small synthetic data: every step an executed notebook, nothing done twice, nothing lost to a kill."""
 
+import base64
 import contextlib
 import json
 import os
@@ -19,7 +20,7 @@ from conftest import ROOT
 from filelock import FileLock
 
 from saltlib import cli
-from saltlib.core import read_record
+from saltlib.core import checksum, read_record, seal
 from saltlib.data import PredictionStore, load_tiles, read_rle_csv, rle_decode
 from saltlib.inference import load_networks, predict_mean
 from saltlib.metrics import precision_at_iou
@@ -64,6 +65,14 @@ def finished(tmp_path_factory):
             project = make_project(base / "finished", seed=4)  # sections with straight flanks, for the mosaic rules
             (base / "finished.txt").write_text(salt(project, "run", "demo", *SHORT).stdout)
     return base / "finished", (base / "finished.txt").read_text()
+
+
+def reseal(folder):
+    "A record that fits results which a test has changed."
+    record = json.loads((folder / "record.json").read_text())
+    del record["checksum"]
+    record["files"] = {name: checksum(folder / name) for name in record["files"]}
+    (folder / "record.json").write_text(json.dumps(record | {"checksum": seal(record)}))
 
 
 def test_every_step_leaves_a_record_and_an_executed_notebook(finished):
@@ -170,6 +179,9 @@ def test_runs_are_compared_tile_by_tile(finished, tmp_path):
     changed, before = scores["id"][3], scores["precision"].copy()
     scores.loc[3, "precision"] = 1 - round(scores["precision"][3])
     scores.to_csv(table, index=False)
+    refused = salt(project, "compare", "demo", "outputs/other", check=False)
+    assert refused.returncode == 1 and "out_of_fold.csv is missing or no longer what the step wrote" in refused.stderr
+    reseal(table.parent)
     text = salt(project, "compare", "demo", "outputs/other", "--out", "outputs/compared.ipynb").stdout
     assert "seed" in text and "2018" in text and "other - demo" in text and changed in text
     assert f"{(scores['precision'] - before).mean():.4f}".rstrip("0") in text
@@ -189,6 +201,7 @@ def test_runs_are_averaged(finished, tmp_path):
         for first in range(0, len(store.ids), 64):
             rows = slice(first, min(first + 64, len(store.ids)))
             store.write(rows, 1 - store.read(store.ids[rows]))
+    reseal(other / "round2/ensemble")
     demo = pd.read_csv(project / "outputs/demo/round2/ensemble/out_of_fold.csv", dtype={"id": str}).set_index("id")["precision"]
     text = salt(project, "blend", "demo=3", "other", "--out", "outputs/mean").stdout
     mean = pd.read_csv(project / "outputs/mean/out_of_fold.csv", dtype={"id": str}).set_index("id")["weighted mean"]
@@ -206,9 +219,15 @@ def test_runs_are_averaged(finished, tmp_path):
     ids = PredictionStore(store).ids
     shutil.rmtree(store)
     PredictionStore.create(store, np.array(["elsewhere", *ids[1:]]))
+    reseal(store.parent)
     strange = salt(project, "blend", "demo", "other", "--out", "outputs/strange", check=False)
     assert strange.returncode == 1 and "other test tiles" in strange.stderr and "2 differ" in strange.stderr
     assert not (project / "outputs/strange").exists()
+    (project / "outputs/demo/round2/compact/fold1/predict/predictions.zarr/probs/c/0/0/0").unlink()  # a member's, which zarr would read as zeros
+    shutil.copytree(project / "outputs/demo", project / "outputs/again")
+    damaged = salt(project, "blend", "demo", "again", "--out", "outputs/lost", check=False)
+    assert damaged.returncode == 1 and "is damaged in the predictions of rows 0 to 64 (a file is missing)" in damaged.stderr
+    assert [p.name for p in (project / "outputs/lost").iterdir()] == ["blend.ipynb"]  # the same command may be given again
 
 
 def test_pseudo_labels_of_a_fold_come_from_its_own_models(finished):
@@ -254,6 +273,10 @@ def test_a_copy_with_any_dates_is_not_made_again(finished, tmp_path):
     steps = recipe_steps(read_recipe(project / "outputs/demo/recipe.yaml"))
     for age, step in enumerate(steps):  # each newer than those that read it
         os.utime(step_folder(read_recipe(project / "outputs/demo/recipe.yaml"), step, project / "outputs") / "record.json", (1e9 - age, 1e9 - age))
+    for step in steps:  # as if Snakemake had been killed while they were at work, and they had come to their end
+        marker = base64.urlsafe_b64encode(f"{step_folder(read_recipe(project / 'outputs/demo/recipe.yaml'), step, Path('.')).relative_to('demo')}/record.json".encode()).decode()
+        (project / "outputs/demo/.snakemake/incomplete").mkdir(parents=True, exist_ok=True)
+        (project / "outputs/demo/.snakemake/incomplete" / marker).touch()
     shutil.rmtree(project / "outputs/demo/report")
     (project / "outputs/demo/submission.csv").unlink()
     before = records(project)
@@ -283,6 +306,32 @@ rounds:
     assert {k for k in before if after[k] == before[k]} == set(before) - {"report"}
     assert (project / "outputs/grows/round1/ensemble/submission.csv").read_bytes() == first != (project / "outputs/grows/submission.csv").read_bytes()
     assert "0 of 8 steps to run" in salt(project, "run", "grows.yaml").stdout
+
+
+def test_what_a_finished_run_refuses_and_mends(finished, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(finished[0], project, symlinks=True, ignore=shutil.ignore_patterns(".snakemake"))
+    before = records(project)
+    for args, said in {
+        ("step", "train", "--recipe-file", "outputs/demo/recipe.yaml"): "has no step 'train'",
+        ("step", "train", "--recipe-file", "outputs/demo/recipe.yaml", "--round", "../../x", "--phase", "compact", "--fold", "0"): "has no step",
+        ("step", "prepare", "--recipe-file", "nbs/runs/recipes/demo.yaml"): "is not the recipe of a run",
+        ("run", "demo", *SHORT, "--set", "seed=3", "--dry-run"): "was made with other settings",
+        ("run", "demo", *SHORT, "--profile", "nonsense", "--dry-run"): "There is no profile nonsense",
+        ("run", "demo", "--set", "name=mine", "--set", "folds.file=nowhere.csv"): "nowhere.csv is missing",
+    }.items():
+        refused = salt(project, *args, check=False)
+        assert refused.returncode == 1 and said in refused.stderr, (args, refused.stderr)
+    assert salt(project, "run", "demo", "--cores", "0", check=False).returncode == 2
+    assert records(project) == before and sorted(p.name for p in (project / "outputs").iterdir()) == ["demo"]
+    page = project / "outputs/demo/report/report.html"
+    page.write_text("")
+    salt(project, "run", "demo", *SHORT)
+    assert "</html>" in page.read_text() and records(project) == before
+    for file in (page, page.with_name("report.ipynb")):
+        file.unlink()
+    assert "1 of 12 steps to run" in salt(project, "run", "demo", *SHORT).stdout
+    assert "</html>" in page.read_text() and {k for k, t in records(project).items() if t != before[k]} == {"report"}
 
 
 def test_a_machine_without_network_hands_its_results_out_in_pieces(finished, tmp_path):
