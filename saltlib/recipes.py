@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Name', 'PhaseName', 'Snapshots', 'ModelName', 'Strict', 'AdamW', 'RMSprop', 'SGD', 'OneCycle', 'Plateau', 'Cosine',
            'PseudoLabels', 'Synthetic', 'same_network', 'Phase', 'Members', 'Round', 'Folds', 'Recipe', 'full_name',
-           'set_value', 'count_values', 'refuse_twins', 'parse_recipe', 'read_recipe', 'recipe_folder', 'fold_file',
-           'check_settings', 'write_recipe', 'Step', 'fold_of', 'members', 'recipe_steps', 'previous_round',
-           'step_inputs', 'trainings_beside', 'is_contaminated', 'step_folder', 'rules_in_use', 'step_arguments']
+           'set_value', 'count_values', 'refuse_twins', 'parse_recipe', 'read_recipe', 'Step', 'fold_of', 'members',
+           'recipe_steps', 'previous_round', 'step_inputs', 'trainings_beside', 'is_contaminated', 'recipe_folder',
+           'step_folder', 'rules_in_use', 'step_arguments', 'fold_file', 'begun_settings', 'check_settings',
+           'write_recipe']
 
 # %% ../nbs/14_recipes.ipynb #b36c8219
 from dataclasses import dataclass
@@ -357,51 +358,6 @@ def read_recipe(
             raise SaltError(f"--set {change} changes nothing in {path.name}: write key=value with a key of the recipe, such as rounds.round1.phases.compact.epochs=1; of a part that it leaves out, set the whole: ...pseudo_labels={{confidence: 0.5}}.")
     return parse_recipe(plain, path.name)
 
-# %% ../nbs/14_recipes.ipynb #32621db4
-def recipe_folder(
-    recipe: Recipe,
-    outputs: str | Path,  # the project's outputs folder
-) -> Path:
-    "Where the recipe's results lie."
-    return Path(outputs) / recipe.name
-
-
-def fold_file(
-    recipe: Recipe,
-) -> dict[str, str]:  # its path -> its checksum; empty without one, or where it is not at hand
-    "The fold file of the user's own."
-    return {file: checksum(file)} if (file := recipe.folds.file) and Path(file).is_file() else {}
-
-
-def check_settings(
-    recipe: Recipe,
-    outputs: str | Path,  # the project's outputs folder
-) -> None:
-    "`SaltError` if finished steps were made with other settings or another fold file."
-    changed = {}  # folder -> settings then and now
-    for step in recipe_steps(recipe):
-        record, now = read_record(folder := step_folder(recipe, step, outputs)), step_arguments(recipe, step)
-        if record and step.kind == "prepare" and any(record["inputs"].get(file, sum) != sum for file, sum in fold_file(recipe).items()):
-            raise SaltError(f"{recipe.folds.file} is no longer the table by which {folder} dealt the tiles: put that one back, or give this run a name of its own with --set name=....")
-        if record and (then := record["arguments"]) != now:
-            changed[folder] = {k: (then.get(k), now.get(k)) for k in {*now, *then} if now.get(k) != then.get(k)}
-    if changed:
-        first, *others = changed
-        names = ", ".join(map(str, others[:10])) + (f" and {len(others) - 10} more" if others[10:] else "")
-        raise SaltError(
-            f"{first} was made with other settings (then and now: {changed[first]}){f'; so were {names}' if others else ''}: give this run a name of its own with --set name=..., "
-            f"or delete what was made with other settings to make it again."
-        )
-
-
-def write_recipe(
-    recipe: Recipe,
-    outputs: str | Path,  # the project's outputs folder
-) -> Path:  # outputs/<name>/recipe.yaml
-    "Write the recipe beside its results; `SaltError` as `check_settings`."
-    check_settings(recipe, outputs)
-    return write_atomic(recipe_folder(recipe, outputs) / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-
 # %% ../nbs/14_recipes.ipynb #4a9f156b
 @dataclass(frozen=True)
 class Step:
@@ -504,6 +460,14 @@ def is_contaminated(
     return any(before.kind == "ensemble" or is_contaminated(recipe, before) for before in step_inputs(recipe, step))
 
 # %% ../nbs/14_recipes.ipynb #cbde4618
+def recipe_folder(
+    recipe: Recipe,
+    outputs: str | Path,  # the project's outputs folder
+) -> Path:
+    "Where the recipe's results lie."
+    return Path(outputs) / recipe.name
+
+
 def step_folder(
     recipe: Recipe,
     step: Step,
@@ -540,3 +504,54 @@ def step_arguments(
         common |= {"recipe": recipe.model_dump(mode="json")}
     place = {k: v for k, v in (("round", step.round), ("phase_name", step.phase), ("fold", step.fold)) if v not in ("", None)}
     return common | place
+
+# %% ../nbs/14_recipes.ipynb #cdc2f564
+def fold_file(
+    recipe: Recipe,
+) -> dict[str, str]:  # its path -> its checksum; empty without one, or where it is not at hand
+    "The fold file of the user's own."
+    return {file: checksum(file)} if (file := recipe.folds.file) and Path(file).is_file() else {}
+
+
+def begun_settings(
+    recipe: Recipe,
+    outputs: str | Path,  # the project's outputs folder
+) -> dict[Step, dict]:  # as `step_arguments`; empty, if the run is new or the file damaged
+    "What the steps of the run were to do when it was last begun."
+    try:
+        begun = read_recipe(recipe_folder(recipe, outputs) / "recipe.yaml")
+    except SaltError:
+        return {}
+    return {step: step_arguments(begun, step) for step in recipe_steps(begun)}
+
+
+def check_settings(
+    recipe: Recipe,
+    outputs: str | Path,  # the project's outputs folder
+) -> None:
+    "`SaltError` if finished steps, or interrupted trainings, were made with other settings or another fold file."
+    changed, before = {}, begun_settings(recipe, outputs)  # folder -> settings then and now
+    for step in recipe_steps(recipe):
+        record, now = read_record(folder := step_folder(recipe, step, outputs)), step_arguments(recipe, step)
+        if record and step.kind == "prepare" and any(record["inputs"].get(file, sum) != sum for file, sum in fold_file(recipe).items()):
+            raise SaltError(f"{recipe.folds.file} is no longer the table by which {folder} dealt the tiles: put that one back, or give this run a name of its own with --set name=....")
+        interrupted = not record and (folder / "checkpoint.pt").exists()
+        then = record["arguments"] if record else before.get(step, now) if interrupted else now
+        if then != now:
+            changed[folder] = {k: (then.get(k), now.get(k)) for k in {*now, *then} if now.get(k) != then.get(k)}
+    if changed:
+        first, *others = changed
+        names = ", ".join(map(str, others[:10])) + (f" and {len(others) - 10} more" if others[10:] else "")
+        raise SaltError(
+            f"{first} was made with other settings (then and now: {changed[first]}){f'; so were {names}' if others else ''}: give this run a name of its own with --set name=..., "
+            f"or delete what was made with other settings to make it again."
+        )
+
+
+def write_recipe(
+    recipe: Recipe,
+    outputs: str | Path,  # the project's outputs folder
+) -> Path:  # outputs/<name>/recipe.yaml
+    "Write the recipe beside its results; `SaltError` as `check_settings`."
+    check_settings(recipe, outputs)
+    return write_atomic(recipe_folder(recipe, outputs) / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
