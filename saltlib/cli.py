@@ -716,6 +716,7 @@ def predict_folder(
         raise SaltError(f"The result can't be written to {out}: name a file in a folder that is there.")
     members = find_members(models)
     ids, tiles = load_images(images)
+
     def load(member: Member):
         return load_networks(member.model, [member.path])[0] if member.path.suffix == ".safetensors" else load_published(member.path, member.model)
 
@@ -864,8 +865,8 @@ def main(
             from rich.console import Console
             from saltlib.bench import bench_table, run_bench
 
-            if args.json:
-                write_atomic(args.json, "")  # a place that can't be written is refused before the work
+            if args.json and (Path(args.json).is_dir() or not os.access(Path(args.json).resolve().parent, os.W_OK)):
+                raise SaltError(f"The figures can't be written to {args.json}: name a file in a folder that is there and may be written.")
             bench = run_bench(args.quick, args.scale)
             Console(width=None if sys.stdout.isatty() else 200).print(bench_table(bench))
             if args.json:

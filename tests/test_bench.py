@@ -19,3 +19,10 @@ def test_quick_bench(tmp_path, capsys):
     assert bench["machine"]["matmul_gflops"] > 0
     table = capsys.readouterr().out
     assert all(work in table for work in rows)
+
+
+def test_a_place_that_can_not_be_written_is_refused_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "none" / "bench.json", tmp_path / "file" / "bench.json"):
+        assert main(["bench", "--json", str(place)]) == 1
+        assert "can't be written to" in capsys.readouterr().err

@@ -52,6 +52,7 @@ def run(tmp_path):
         folder = step_folder(recipe, step, outputs)
         for name in ("one.csv", "two/three.bin"):
             write_atomic(folder / name, f"{step} {name}")
+        write_atomic(folder / f"{step.kind}.ipynb", "{}")
         inputs = [step_folder(recipe, i, outputs) for i in step_inputs(recipe, step)]
         RunRecord(folder, step.kind, step_arguments(recipe, step)).finish({"mAP": 0.5}, ["one.csv", "two"], {str(i.relative_to(outputs)): checksum(i / "record.json") for i in inputs})
     assert outdated_steps(recipe, outputs) == []
