@@ -865,7 +865,7 @@ def main(
             from rich.console import Console
             from saltlib.bench import bench_table, run_bench
 
-            if args.json and (Path(args.json).is_dir() or not os.access(Path(args.json).resolve().parent, os.W_OK)):
+            if args.json and ((place := Path(args.json).resolve()).is_dir() or not place.parent.is_dir() or not os.access(place.parent, os.W_OK)):
                 raise SaltError(f"The figures can't be written to {args.json}: name a file in a folder that is there and may be written.")
             bench = run_bench(args.quick, args.scale)
             Console(width=None if sys.stdout.isatty() else 200).print(bench_table(bench))
