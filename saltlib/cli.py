@@ -836,6 +836,8 @@ def main(
 ) -> int:  # exit status
     "The command `salt`: 0 when all went well, 1 when something is not as it should be, 130 after Ctrl-C."
     args = make_parser().parse_args(argv)
+    if args.command not in ("demo", "run", "step"):  # these pass it on to what they have started
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: nothing half done is left behind
     try:
         if args.command == "demo":
             run_demo()

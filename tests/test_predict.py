@@ -80,3 +80,21 @@ def test_a_damaged_network_is_refused_before_another_works(tiles, released, tmp_
     with pytest.raises(SaltError, match="fold_0.hdf5 is not a whole Keras weights file"):
         predict_folder(tiles[0], released, tmp_path / "new.csv", device="cpu")
     assert "network 1" not in capsys.readouterr().out and not list(tmp_path.glob(".new.csv*"))
+
+
+def test_a_terminated_prediction_leaves_nothing(tmp_path):
+    code = f"""
+import sys, tempfile, time
+from saltlib import cli
+def work(**_):
+    with tempfile.TemporaryDirectory(prefix=".new.csv.", dir={str(tmp_path)!r}):
+        print("at work", flush=True)
+        time.sleep(60)
+cli.predict_folder = work
+sys.exit(cli.main(["predict", "--images", "a", "--models", "b", "--out", "new.csv"]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "at work\n"
+    process.terminate()
+    assert process.communicate(timeout=30)[1] == "salt predict: stopped.\n" and process.returncode == 130
+    assert not list(tmp_path.iterdir())
