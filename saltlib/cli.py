@@ -429,9 +429,8 @@ def run_recipe(
     # A cluster's scheduler deals out GPUs and cores. Here, each GPU has one step at a time; on a CPU the trainings that can be at work together share the cores.
     gpus = 0 if recipe.device == "cpu" else len(visible_gpus())
     use_gpu = recipe.device != "cpu" and bool(profile or gpus)
+    where = ["--profile", str(find_profile(profile))] if profile else ["--cores", str(cores := cores or usable_cores())]
     check_settings(recipe, outputs)
-    if profile:
-        find_profile(profile)
     if recipe.folds.file and not Path(recipe.folds.file).is_file() and read_record(step_folder(recipe, Step("prepare"), outputs)) is None:
         raise SaltError(f"{recipe.folds.file} is missing: folds.file counts from {Path.cwd()}.")
     if dry_run:
@@ -440,7 +439,6 @@ def run_recipe(
         return
     from saltlib.nursery import nursery
 
-    where = ["--profile", str(find_profile(profile))] if profile else ["--cores", str(cores := cores or usable_cores())]
     with hold(folder / ".lock", f"A run of {recipe.name}") as lock:
         if read_record(step_folder(recipe, Step("prepare"), outputs)) is None:
             refuse_bad_data(recipe.data)  # said here at once, before any step begins

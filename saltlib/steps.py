@@ -309,11 +309,11 @@ def correct_by_mosaics(
 # %% ../nbs/15_steps.ipynb #a2327a1d
 def next_learners(
     step: OpenStep,  # 'ensemble'
-) -> dict[str, Phase]:  # by name; none after the last round
+) -> dict[tuple[str, str], Phase]:  # by round and name; none after the last round
     "The phases of the next round that learn from this round's pseudo-labels."
     names = list(step.recipe.rounds)
     follow = names[names.index(step.step.round) + 1 :][:1]
-    return {name: phase for round in follow for name, phase in step.recipe.rounds[round].phases.items() if phase.pseudo}
+    return {(round, name): phase for round in follow for name, phase in step.recipe.rounds[round].phases.items() if phase.pseudo}
 
 
 def count_choices(
@@ -321,11 +321,10 @@ def count_choices(
     tables: dict[int | None, pd.DataFrame],  # of `average_round`
 ) -> pd.DataFrame:  # a row a phase of the next round that learns from them, a column a fold
     "How many of a round's pseudo-labels each phase of the next round will choose."
-    recipe, names, counts = step.recipe, list(step.recipe.rounds), {}
-    for phase in next_learners(step):
-        name = names[names.index(step.step.round) + 1]
-        folds = dict.fromkeys(fold_of(recipe, name, phase, fold) for fold in recipe.folds.use)
-        chosen = {fold: choose_for_phase(recipe, name, phase, fold, tables.get(fold, tables[None])).sum() for fold in folds}
+    recipe, counts = step.recipe, {}
+    for round, phase in next_learners(step):
+        folds = dict.fromkeys(fold_of(recipe, round, phase, fold) for fold in recipe.folds.use)
+        chosen = {fold: choose_for_phase(recipe, round, phase, fold, tables.get(fold, tables[None])).sum() for fold in folds}
         counts[phase] = {"all folds" if fold is None else f"fold {fold}": n for fold, n in chosen.items()}
     return pd.DataFrame.from_dict(counts, orient="index")
 
