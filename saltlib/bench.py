@@ -268,24 +268,31 @@ NETWORKS = {"bes_resnext50": (8, 24), "phalanx_v4": (4, 18), "phalanx_v3": (4, 1
 def run_bench(
     quick: bool = False,  # a few tiles of each: right or wrong, but no figures to rely on
     scale: bool = False,  # instead, how time and memory grow with the tiles: once, 4 and 16 times as many
+    tell: Callable[[str], None] = lambda line: None,  # gets a line for each piece of work that is done
 ) -> dict:  # 'machine': what was measured on; 'rows': as `bench_prediction`, `bench_training` and `bench_around` give them
     "Measure this machine; some minutes."
     device = pick_device("auto")
     roof = matmul_gflops(device, *((256, 0.05) if quick else ()))
     on_gpu = device.type == "cuda"
     rows = []
+
+    def done(*new: dict):
+        rows.extend(new)
+        for row in new:
+            tell(f"{row['work']}: {row['tiles_per_second']:.1f} tiles/s")
+
     if scale:
         for times in (1, 4, 16):
             tiles = seismic_tiles(times * (8 if quick else 160))
-            rows += [bench_prediction("compact", tiles.images, 1, device, roof), *bench_around(tiles, members=4)]
+            done(bench_prediction("compact", tiles.images, 1, device, roof), *bench_around(tiles, members=4))
     else:
         for name, (n_plain, _) in NETWORKS.items():
             n_plain = 1 if quick else n_plain * (32 if on_gpu else 1)
-            rows.append(bench_prediction(name, seismic_tiles(n_plain * (1 if quick else 4)).images, n_plain, device, roof))
+            done(bench_prediction(name, seismic_tiles(n_plain * (1 if quick else 4)).images, n_plain, device, roof))
         for name in NETWORKS if on_gpu else ["compact"]:
             batch_size = NETWORKS[name][1]
-            rows.append(bench_training(name, seismic_tiles(batch_size if quick else 2048 if on_gpu else 256), batch_size, device, roof))
-        rows += bench_around(seismic_tiles(64 if quick else 4000), members=2 if quick else 10)
+            done(bench_training(name, seismic_tiles(batch_size if quick else 2048 if on_gpu else 256), batch_size, device, roof))
+        done(*bench_around(seismic_tiles(64 if quick else 4000), members=2 if quick else 10))
     machine = {
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(), "cores": usable_cores(),
         "precision": str(half_dtype(device) or torch.float32).removeprefix("torch."), "matmul_gflops": roof, "torch": torch.__version__,

@@ -361,7 +361,7 @@ def training_passes(
     if step.kind == "predict":
         return len(phase.files(step.fold)) * len(phase.prediction_models) * 2 * (valid + test) / 3
     chosen = sum(max(runs) for *_, runs in DEALT) * test / 18_000 if phase.pseudo_labels.deal else test
-    tiles = phase.data.tiles if phase.synthetic else (phase.data != "pseudo") * (train - valid) + phase.pseudo * chosen
+    tiles = phase.data.tiles if phase.synthetic else (phase.data != "pseudo") * phase.repeat_train * (train - valid) + phase.pseudo * chosen
     return phase.total_epochs * ((phase.draws or 1) * tiles + valid / 3)
 
 
@@ -867,7 +867,7 @@ def main(
 
             if args.json and ((place := Path(args.json).resolve()).is_dir() or not place.parent.is_dir() or not os.access(place.parent, os.W_OK)):
                 raise SaltError(f"The figures can't be written to {args.json}: name a file in a folder that is there and may be written.")
-            bench = run_bench(args.quick, args.scale)
+            bench = run_bench(args.quick, args.scale, tell=lambda line: print(line, file=sys.stderr, flush=True))
             Console(width=None if sys.stdout.isatty() else 200).print(bench_table(bench))
             if args.json:
                 write_atomic(args.json, json.dumps(bench, indent=1))

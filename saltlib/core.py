@@ -269,6 +269,7 @@ class RunRecord:
 def read_record(
     folder: str | Path,  # a step's folder
     verify: bool = False,  # read every result again and compare its checksum
+    part: str = "",  # only those whose names begin so
 ) -> dict | None:  # the record, None if the step is not done
     "The record of a finished step. `SaltError` if the record is damaged or, with `verify`, a result is missing or changed."
     path = Path(folder) / "record.json"
@@ -277,7 +278,7 @@ def read_record(
     record = read_json(path)
     if not isinstance(record, dict) or record.pop("checksum", None) != seal(record):
         raise SaltError(f"{path} is damaged or not the record of a finished step: delete it and repeat the step.")
-    if verify and (changed := changed_files(folder, record)):
+    if verify and (changed := changed_files(folder, record, part)):
         raise SaltError(f"{changed[0]} is missing or no longer what the step wrote: delete {path} and repeat the step.")
     return record
 
@@ -285,7 +286,8 @@ def read_record(
 def changed_files(
     folder: str | Path,  # a step's folder
     record: dict,  # of `read_record`
+    part: str = "",  # only those whose names begin so
 ) -> list[Path]:
     "The results of a step that are missing or no longer what it wrote."
-    files = {Path(folder) / name: expected for name, expected in record["files"].items()}
+    files = {Path(folder) / name: expected for name, expected in record["files"].items() if name.startswith(part)}
     return [file for file, expected in files.items() if not file.exists() or checksum(file) != expected]

@@ -108,6 +108,7 @@ class Phase(Strict):
     start: str = "imagenet"  # 'imagenet', 'scratch', or 'round/phase': what that phase's `weights` names, of the same fold
     data: Literal["train", "train+pseudo", "pseudo"] | Synthetic = "train"  # 'pseudo' are the pseudo-labels of the round before; from synthetic sections there is one training for all folds, watched on fold 0
     pseudo_labels: PseudoLabels = PseudoLabels()  # which of them
+    repeat_train: int = Field(1, ge=1)  # how often an epoch has each train tile, where it has pseudo-labels beside them
     shared: bool = False  # one training for all folds, watched on fold 0; only where pseudo-labels are not kept apart by fold
     black_tiles: Literal["nowhere", "validation", "everywhere"] = "validation"  # where tiles of a single grey value take part
     epochs: int = Field(ge=1)  # with the cosine schedule: of each cycle
@@ -139,6 +140,8 @@ class Phase(Strict):
         listed = {k for which in (self.weights, *self.fold_snapshots.values()) if not isinstance(which, str) for k in which}
         if listed and (self.schedule.name != "cosine" or not listed <= set(range(self.schedule.cycles))):
             raise ValueError(f"there is a snapshot for each cycle of the cosine schedule, counted from 0, and none for {sorted(listed)}: see weights and schedule")
+        if self.repeat_train > 1 and self.data != "train+pseudo":
+            raise ValueError("repeat_train weighs train tiles against pseudo-labels: set data to train+pseudo, or leave it out")
         if self.shared and self.data != "pseudo":
             raise ValueError("a shared phase learns from pseudo-labels only, since a train tile is some fold's validation tile: set data to pseudo")
         if others := [name for name in self.predict_as if not same_network(name, self.model)]:
@@ -146,9 +149,10 @@ class Phase(Strict):
         return self
 
     @model_serializer(mode="wrap")
-    def plain(self, fields: SerializerFunctionWrapHandler) -> dict:  # without an empty `predict_as`, which runs made before there was one lack
+    def plain(self, fields: SerializerFunctionWrapHandler) -> dict:  # without what is not used and runs made before there was such a setting lack
         "The phase as it stands in recipes and records."
-        return {k: v for k, v in fields(self).items() if k != "predict_as" or v}
+        unused = {name for name, used in (("predict_as", self.predict_as), ("repeat_train", self.repeat_train > 1)) if not used}
+        return {k: v for k, v in fields(self).items() if k not in unused}
 
     def files(
         self,

@@ -15,7 +15,6 @@ import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -111,8 +110,9 @@ def open_step(
     device = str(pick_device(recipe.device)) if kind in ("train", "predict") else "cpu"
     opened = OpenStep(recipe, step, outputs, RunRecord(folder, kind, step_arguments(recipe, step), device=device))
     folders = opened.input_folders()
+    parts = ["pseudo_labels/" if kind == "train" and needed.name == "ensemble" else "" for needed in folders]  # a training may be where the predictions are not
     with ThreadPoolExecutor() as pool:  # checksums of 40 members' predictions
-        for needed, record in zip(folders, pool.map(partial(read_record, verify=True), folders)):
+        for needed, record in zip(folders, pool.map(lambda folder, part: read_record(folder, True, part), folders, parts)):
             if record is None:
                 raise SaltError(f"Step '{step}' reads {needed}, which is not done: run that step first, or let 'salt run' do so.")
     return opened
@@ -194,7 +194,7 @@ def training_tiles(
         test = load_tiles(step.recipe.data, "test")
         chosen = test[test.rows(table["id"].to_numpy(str))]
         chosen = Tiles(chosen.ids, chosen.images, decode_masks(table), chosen.depths)
-        train = chosen if phase.data == "pseudo" else join_tiles(train, chosen)
+        train = chosen if phase.data == "pseudo" else join_tiles(*[train] * phase.repeat_train, chosen)
         if len(train) < 2:
             raise SaltError(f"Only {len(train)} of the pseudo-labels in {file} are chosen for {place.round}/{place.phase}: lower its pseudo_labels.confidence.")
     if len(train) < 2 or not len(valid):
@@ -206,7 +206,7 @@ def fit_settings(
     step: OpenStep,  # 'train'
 ) -> dict:  # arguments of saltlib.training.fit_phase
     "How the phase is trained; its seed belongs to round, phase and fold, so folds don't share random numbers."
-    settings = step.phase.model_dump(exclude={"data", "pseudo_labels", "shared", "black_tiles", "weights", "fold_snapshots", "predict_as"})
+    settings = step.phase.model_dump(exclude={"data", "pseudo_labels", "repeat_train", "shared", "black_tiles", "weights", "fold_snapshots", "predict_as"})
     if "/" in step.phase.start:
         round, phase = step.phase.start.split("/")
         fold = fold_of(step.recipe, round, phase, step.step.fold)
@@ -228,10 +228,11 @@ def describe_training(
     own = {name: settings[name] for name in ("draws", "dropout", "batch_norm_momentum", "clip") if settings[name] is not None}
     own |= {"skip_easy": settings["skip_easy"]} if settings["skip_easy"] else {}
     start = settings["start"] if isinstance(settings["start"], str) else settings["start"].relative_to(step.outputs)
+    data = "synthetic" if step.phase.synthetic else step.phase.data + (f", train {step.phase.repeat_train} times" if step.phase.repeat_train > 1 else "")
     topics = {
         "step": f"{step.recipe.name}: {step.step}",
         "network": f"{settings['model']} from {start}",
-        "learns from": f"{len(train)} tiles ({'synthetic' if step.phase.synthetic else step.phase.data}), augmentation {settings['augment']}, loss {settings['loss']}",
+        "learns from": f"{len(train)} tiles ({data}), augmentation {settings['augment']}, loss {settings['loss']}",
         "scored on": f"{len(valid)} tiles of fold {step.step.fold or 0} (folds by {step.recipe.folds.file or step.recipe.folds.by})",
         "contaminated": "by pseudo-labels" if step.contaminated else "no",
         "epochs": f"{step.phase.total_epochs} at most, batches of {settings['batch_size']}, learning rate {settings['lr']:g}",

@@ -63,6 +63,22 @@ def test_order_and_partial_batches_change_nothing(always, tiles):
     assert np.abs((one_sided[0] + one_sided[1][:, :, ::-1]) / 2 - probs).max() < 1e-5
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["phalanx_v5", "bes_resnext50", "compact"])
+def test_a_gpu_replays_what_it_recorded(tiles, name, tmp_path):
+    torch.manual_seed(0)
+    networks = [create_model(name), create_model(name)]
+    exact = [predict(network, tiles[:8], name, device="cpu", precision="float32") for network in networks]
+    predictor = Predictor(networks[0], name, tiles=8, device="cuda", batch_size=3)  # two full batches and one of 2
+    for _ in range(2):
+        assert np.abs(predictor.start(tiles[:8])() - exact[0]).mean() < 0.005
+    assert predictor.recorded.__name__ == "replay"
+    many = np.concatenate([tiles[:8]] * 20)
+    store = PredictionStore.create(tmp_path / "store", np.arange(160).astype(str))
+    list(predict_to_store(networks, many, [name], store, device="cuda"))  # two recordings, which share their memory, by turns
+    assert np.abs(store.read(store.ids) - np.concatenate([sum(exact) / 2] * 20)).mean() < 0.005
+
+
 def test_without_openvino_pytorch_predicts(always, tiles, monkeypatch):
     network = create_model("compact")
     monkeypatch.setitem(sys.modules, "openvino", None)
