@@ -334,11 +334,15 @@ FOLLOWS = {"prepare": "train", "train": "predict"}  # kind of step -> the kind t
 
 def steps_until(
     recipe: Recipe,
-    until: str | None,  # 'prepare' or 'train'; None: all
+    until: str | None,  # 'prepare', 'train' or a round; None: all
 ) -> list[Step]:
-    "The steps of a recipe before the first one that follows those of a kind."
+    "The steps of a recipe before the first one that follows those of a kind, or up to a round's ensemble. `SaltError` if it has no such round."
     steps = recipe_steps(recipe)
-    return steps[: next((k for k, step in enumerate(steps) if until and step.kind == FOLLOWS[until]), None)]
+    if until in FOLLOWS:
+        return steps[: next(k for k, step in enumerate(steps) if step.kind == FOLLOWS[until])]
+    if until and until not in recipe.rounds:
+        raise SaltError(f"--until {until} names neither prepare nor train nor a round of {recipe.name}: choose one of {', '.join([*FOLLOWS, *recipe.rounds])}.")
+    return steps[: steps.index(Step("ensemble", until)) + 1] if until else steps
 
 # %% ../nbs/18_cli.ipynb #b72d4e07
 def count_tiles(
@@ -418,7 +422,7 @@ def run_recipe(
     dry_run: bool = False,  # say what would run, and what it costs
     cores: int | None = None,  # CPU cores to use; default: all
     profile: str | None = None,  # hand the steps to a cluster, as in `find_profile`
-    until: str | None = None,  # 'prepare' or 'train': end before the steps that follow those of this kind
+    until: str | None = None,  # 'prepare' or 'train': end before the steps that follow those of this kind; a round: end with its ensemble
     quiet: bool = False,  # print nothing but errors
     verbose: bool = False,  # plain lines instead of the live view
 ) -> None:
@@ -430,11 +434,12 @@ def run_recipe(
     gpus = 0 if recipe.device == "cpu" else len(visible_gpus())
     use_gpu = recipe.device != "cpu" and bool(profile or gpus)
     where = ["--profile", str(find_profile(profile))] if profile else ["--cores", str(cores := cores or usable_cores())]
+    wanted = steps_until(recipe, until)
     check_settings(recipe, outputs)
     if recipe.folds.file and not Path(recipe.folds.file).is_file() and read_record(step_folder(recipe, Step("prepare"), outputs)) is None:
         raise SaltError(f"{recipe.folds.file} is missing: folds.file counts from {Path.cwd()}.")
     if dry_run:
-        steps = [step for step in outdated_steps(recipe, outputs) if step in steps_until(recipe, until)]
+        steps = [step for step in outdated_steps(recipe, outputs) if step in wanted]
         print(*steps, f"{len(steps)} of {len(recipe_steps(recipe))} steps would run.", *(expected_cost(recipe, steps, outputs, use_gpu) if steps else ()), sep="\n")
         return
     from saltlib.nursery import nursery
@@ -444,7 +449,7 @@ def run_recipe(
             refuse_bad_data(recipe.data)  # said here at once, before any step begins
         write_recipe(recipe, outputs)
         outdated = outdated_steps(recipe, outputs)
-        steps = [step for step in outdated if step in steps_until(recipe, until)]
+        steps = [step for step in outdated if step in wanted]
         if not quiet:
             print(f"{recipe.name}: {len(steps)} of {len(recipe_steps(recipe))} steps to run, results in {folder}/", flush=True)
         for place in (step_folder(recipe, step, outputs) for step in outdated):
@@ -457,13 +462,14 @@ def run_recipe(
         page = step_folder(recipe, Step("report"), outputs) / "report.html"
         if outdated or page.exists() and not page.stat().st_size:
             page.unlink(missing_ok=True)
-        if until:
+        target = [f"{until}/ensemble/record.json"] if until in recipe.rounds and until not in FOLLOWS else []
+        if until in FOLLOWS:
             where += ["--omit-from", FOLLOWS[until], *(["train_shared"] if FOLLOWS[until] == "train" else [])]
         if not profile:
             where += ["--resources", f"gpu={gpus}"]
         # A step that was at work when Snakemake was killed may have come to its end since; its record, written last, says so: --ignore-incomplete.
         command = [
-            sys.executable, "-m", "snakemake", "--snakefile", str(runs_folder() / "Snakefile"), "--directory", str(folder), *where,
+            sys.executable, "-m", "snakemake", *target, "--snakefile", str(runs_folder() / "Snakefile"), "--directory", str(folder), *where,
             "--config", f"gpu={int(use_gpu)}", f"cores={1 if profile or gpus else cores}",
             "--ignore-incomplete", "--rerun-triggers", "mtime", "--keep-going", "--nolock", "--quiet", "all",
         ]
@@ -790,7 +796,7 @@ def make_parser() -> argparse.ArgumentParser:
     run = command("run", "Run the missing steps of a recipe.", epilog="example: salt run compact --set folds.use=[0]")
     run.add_argument("--dry-run", action="store_true", help="say which steps would run, how long and with how much disk")
     run.add_argument("--cores", type=positive, metavar="N", help="CPU cores to use (default: all)")
-    run.add_argument("--until", choices=["prepare", "train"], help="end before the steps that follow those of this kind")
+    run.add_argument("--until", metavar="WHAT", help="prepare or train: end before the steps that follow those of this kind; the name of a round: end with its ensemble")
     run.add_argument("--profile", metavar="NAME", help="hand the steps to a cluster: slurm, kubernetes, or a folder with a Snakemake profile")
     say = run.add_mutually_exclusive_group()
     say.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['WORTH_IT', 'import_openvino', 'EncoderPart', 'DecoderPart', 'to_program', 'compile_network', 'pays', 'ConvRelu',
-           'fuse', 'try_to_fuse', 'graph_memory', 'record', 'Predictor', 'predict', 'load_networks', 'predict_mean',
-           'predict_to_store']
+           'fuse', 'try_to_fuse', 'record', 'Predictor', 'predict', 'load_networks', 'predict_mean', 'predict_to_store']
 
 # %% ../nbs/10_inference.ipynb #5d4e4ecc
-import functools, operator, sys, warnings
+import operator, sys, warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -184,12 +183,6 @@ def try_to_fuse(
         return network
 
 # %% ../nbs/10_inference.ipynb #ab12cd03
-@functools.cache
-def graph_memory() -> tuple[int, int]:
-    "The memory that all recordings of this process share."
-    return torch.cuda.graph_pool_handle()
-
-
 def record(
     function: Callable[[torch.Tensor], torch.Tensor],  # of a batch on a GPU; does the same work for each batch
     batch: torch.Tensor,  # one like those to come
@@ -199,7 +192,7 @@ def record(
     function(given)  # what is set up once must not be recorded
     try:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(batch.device), torch.cuda.graph(graph, pool=graph_memory()):
+        with torch.cuda.device(batch.device), torch.cuda.graph(graph):
             result = function(given)
     except RuntimeError as error:  # an operation that can't be recorded
         warnings.warn(f"No CUDA graph of this network, so it predicts more slowly: {error}")

@@ -75,7 +75,7 @@ def test_a_gpu_replays_what_it_recorded(tiles, name, tmp_path):
     assert predictor.recorded.__name__ == "replay"
     many = np.concatenate([tiles[:8]] * 20)
     store = PredictionStore.create(tmp_path / "store", np.arange(160).astype(str))
-    list(predict_to_store(networks, many, [name], store, device="cuda"))  # two recordings, which share their memory, by turns
+    list(predict_to_store(networks, many, [name], store, device="cuda"))  # two recordings, by turns
     assert np.abs(store.read(store.ids) - np.concatenate([sum(exact) / 2] * 20)).mean() < 0.005
 
 

@@ -20,13 +20,14 @@ from conftest import ROOT
 from filelock import FileLock
 
 from saltlib import cli
-from saltlib.core import checksum, read_record, seal
+from saltlib.core import SaltError, checksum, read_record, seal
 from saltlib.data import PredictionStore, load_tiles, read_rle_csv, rle_decode
 from saltlib.inference import load_networks, predict_mean
 from saltlib.metrics import precision_at_iou
 from saltlib.nursery import fork_kernel, nursery
 from saltlib.postprocess import find_sources, straight_masks, straight_rows
 from saltlib.recipes import read_recipe, recipe_steps, step_folder, write_recipe
+from saltlib.steps import open_step, training_tiles
 from saltlib.synthetic import make_dataset
 
 SALT = [Path(sys.executable).with_name("salt")]
@@ -441,6 +442,30 @@ def test_trainings_alone_need_the_folds_and_the_train_tiles(tmp_path):
     assert "3 of 6 steps are done" in salt(project, "run", *short, "--until", "train").stdout
     done = {step: read_record(project / "outputs/compact" / step) for step in ("prepare", "round1/start/fold0/train", "round1/lovasz/fold0/train")}
     assert all(done.values()) and set(records(project, "compact")) == set(done)
+
+
+def test_a_run_ends_with_a_round(finished, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(finished[0], project, symlinks=True)
+    for gone in ("report", "round2", "round1/ensemble"):
+        shutil.rmtree(project / "outputs/demo" / gone)
+    assert "1 of 12 steps would run." in salt(project, "run", "demo", *SHORT, "--until", "round1", "--dry-run").stdout
+    assert "6 of 12 steps are done" in salt(project, "run", "demo", *SHORT, "--until", "round1").stdout
+    assert (project / "outputs/demo/round1/ensemble/record.json").exists() and not (project / "outputs/demo/round2").exists()
+    assert "choose one of prepare, train, round1, round2" in salt(project, "run", "demo", *SHORT, "--until", "round3", check=False).stderr
+
+
+def test_a_training_needs_only_the_pseudo_labels_of_the_round_before(finished, tmp_path, monkeypatch):
+    run = tmp_path / "outputs/demo"
+    (tmp_path / "data").symlink_to(finished[0] / "data")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished[0] / "outputs/demo", run, ignore=shutil.ignore_patterns("predictions.zarr", "out_of_fold.csv", "submission.csv", "ends.json", "round2", "report"))
+    learned = read_record(finished[0] / "outputs/demo/round2/compact/fold0/train")["metrics"]["tiles"]
+    assert len(training_tiles(open_step("train", run / "recipe.yaml", "round2", "compact", 0))[0]) == learned
+    labels = run / "round1/ensemble/pseudo_labels/fold0.csv"
+    labels.write_text(labels.read_text() + "\n")
+    with pytest.raises(SaltError, match="fold0.csv is missing or no longer what the step wrote"):
+        open_step("train", run / "recipe.yaml", "round2", "compact", 0)
 
 
 def test_one_training_predicts_at_two_sizes_then_at_one(tmp_path):
