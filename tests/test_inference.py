@@ -9,7 +9,7 @@ import torch
 import saltlib.inference
 from saltlib.core import checksum, half_dtype
 from saltlib.data import PredictionStore
-from saltlib.inference import Predictor, import_openvino, predict, predict_to_store
+from saltlib.inference import Predictor, Recording, import_openvino, predict, predict_to_store
 from saltlib.models import MODELS, Network, create_model, raw_grey
 from saltlib.synthetic import cut_tiles, make_section
 
@@ -72,10 +72,10 @@ def test_a_gpu_replays_what_it_recorded(tiles, name, tmp_path):
     predictor = Predictor(networks[0], name, tiles=8, device="cuda", batch_size=3)  # two full batches and one of 2
     for _ in range(2):
         assert np.abs(predictor.start(tiles[:8])() - exact[0]).mean() < 0.005
-    assert predictor.recorded.__name__ == "replay"
+    assert isinstance(predictor.recorded, Recording)
     many = np.concatenate([tiles[:8]] * 20)
     store = PredictionStore.create(tmp_path / "store", np.arange(160).astype(str))
-    list(predict_to_store(networks, many, [name], store, device="cuda"))  # two recordings, by turns
+    list(predict_to_store(networks, many, [name], store, device="cuda"))  # two recordings, which share their memory, by turns
     assert np.abs(store.read(store.ids) - np.concatenate([sum(exact) / 2] * 20)).mean() < 0.005
 
 
