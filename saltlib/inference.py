@@ -180,7 +180,7 @@ def try_to_fuse(
             fused(prepare(tile, model_name).contiguous(memory_format=torch.channels_last))
         return fused
     except Exception as error:  # a network that can't be traced, a convolution that cuDNN can't end so
-        warnings.warn(f"The layers of {type(network).__name__} can't be joined, so it predicts more slowly: {error}")
+        warnings.warn(f"The layers of {type(network).__name__} can't be fused, so it predicts more slowly: {error}")
         return network
 
 # %% ../nbs/10_inference.ipynb #ab12cd03

@@ -16,6 +16,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from conftest import ROOT
 from filelock import FileLock
 
@@ -462,6 +463,10 @@ def test_a_training_needs_only_the_pseudo_labels_of_the_round_before(finished, t
     shutil.copytree(finished[0] / "outputs/demo", run, ignore=shutil.ignore_patterns("predictions.zarr", "out_of_fold.csv", "submission.csv", "ends.json", "round2", "report"))
     learned = read_record(finished[0] / "outputs/demo/round2/compact/fold0/train")["metrics"]["tiles"]
     assert len(training_tiles(open_step("train", run / "recipe.yaml", "round2", "compact", 0))[0]) == learned
+    thrice = read_recipe(run / "recipe.yaml", ["rounds.round2.phases.compact.repeat_train=3"])
+    alone = read_record(run / "round1/compact/fold0/train")["metrics"]["tiles"]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(thrice.model_dump(mode="json")))
+    assert len(training_tiles(open_step("train", run / "recipe.yaml", "round2", "compact", 0))[0]) == learned + 2 * alone
     labels = run / "round1/ensemble/pseudo_labels/fold0.csv"
     labels.write_text(labels.read_text() + "\n")
     with pytest.raises(SaltError, match="fold0.csv is missing or no longer what the step wrote"):
