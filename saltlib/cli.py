@@ -139,13 +139,15 @@ def visible_gpus() -> list[str]:  # names, as CUDA_VISIBLE_DEVICES has them
 
 def hold_gpu(
     gpus: list[str],  # of `visible_gpus`, one or more
+    per_gpu: int,  # steps that may share one
     locks: Path,  # folder of the locks
-):  # the name of a GPU and its lock, which lasts until it is closed
-    "Lock the first GPU that no other step holds, waiting until one is free."
+):  # the name of a GPU and the lock of a place on it, which lasts until it is closed
+    "Lock a place on a GPU, one that no other step holds if there is any, waiting until a place is free."
     while True:
-        for gpu in gpus:
-            if lock := hold(locks / f"saltlib-{os.getuid()}-gpu-{gpu}.lock", f"GPU {gpu}", wait=False):
-                return gpu, lock
+        for place in range(per_gpu):
+            for gpu in gpus:
+                if lock := hold(locks / f"saltlib-{os.getuid()}-gpu-{gpu}-{place}.lock", f"GPU {gpu}", wait=False):
+                    return gpu, lock
         time.sleep(1)
 
 # %% ../nbs/18_cli.ipynb #4d14a8dd
@@ -156,6 +158,7 @@ def run_step(
     phase: str = "",  # of a train or predict step
     fold: int | None = None,  # of a train or predict step; None: of a phase that all folds share
     threads: int = 0,  # for torch on the CPU; 0 leaves it to torch
+    per_gpu: int = 1,  # steps that may share a GPU, where there are several
 ) -> None:
     "Carry out one step of a recipe, if its record does not say that it is done. `SaltError` if the recipe has no such step."
     os.chdir(project_root())
@@ -174,7 +177,7 @@ def run_step(
     with contextlib.ExitStack() as locks:
         locks.enter_context(hold(folder / ".lock", str(step)))
         if kind in ("train", "predict") and recipe.device != "cpu" and len(gpus := visible_gpus()) > 1:
-            os.environ["CUDA_VISIBLE_DEVICES"], lock = hold_gpu(gpus, Path(tempfile.gettempdir()))
+            os.environ["CUDA_VISIBLE_DEVICES"], lock = hold_gpu(gpus, per_gpu, Path(tempfile.gettempdir()))
             locks.enter_context(lock)
         if read_record(folder) is None:
             say(str(step), "started")
@@ -421,18 +424,21 @@ def run_recipe(
     recipe: Recipe,
     dry_run: bool = False,  # say what would run, and what it costs
     cores: int | None = None,  # CPU cores to use; default: all
+    per_gpu: int = 1,  # trainings and predictions that share a GPU of this machine
     profile: str | None = None,  # hand the steps to a cluster, as in `find_profile`
     until: str | None = None,  # 'prepare' or 'train': end before the steps that follow those of this kind; a round: end with its ensemble
     quiet: bool = False,  # print nothing but errors
     verbose: bool = False,  # plain lines instead of the live view
 ) -> None:
-    "Run the missing steps of a recipe. `SaltError` if the data or the settings are refused or a step fails."
+    "Run the missing steps of a recipe. `SaltError` if the data or the settings are refused, GPUs are to be shared and there are none, or a step fails."
     os.chdir(project_root())
     outputs = Path("outputs")
     folder = recipe_folder(recipe, outputs)
-    # A cluster's scheduler deals out GPUs and cores. Here, each GPU has one step at a time; on a CPU the trainings that can be at work together share the cores.
+    # A cluster's scheduler deals out GPUs and cores. Here, each GPU has so many steps at a time; on a CPU the trainings that can be at work together share the cores.
     gpus = 0 if recipe.device == "cpu" else len(visible_gpus())
     use_gpu = recipe.device != "cpu" and bool(profile or gpus)
+    if per_gpu > 1 and (profile or not gpus):
+        raise SaltError("--per-gpu shares the GPUs of this machine, " + ("but with --profile a cluster deals out its own." if profile else "but this run has none: leave it out."))
     where = ["--profile", str(find_profile(profile))] if profile else ["--cores", str(cores := cores or usable_cores())]
     wanted = steps_until(recipe, until)
     check_settings(recipe, outputs)
@@ -466,11 +472,11 @@ def run_recipe(
         if until in FOLLOWS:
             where += ["--omit-from", FOLLOWS[until], *(["train_shared"] if FOLLOWS[until] == "train" else [])]
         if not profile:
-            where += ["--resources", f"gpu={gpus}"]
+            where += ["--resources", f"gpu={gpus * per_gpu}"]
         # A step that was at work when Snakemake was killed may have come to its end since; its record, written last, says so: --ignore-incomplete.
         command = [
             sys.executable, "-m", "snakemake", *target, "--snakefile", str(runs_folder() / "Snakefile"), "--directory", str(folder), *where,
-            "--config", f"gpu={int(use_gpu)}", f"cores={1 if profile or gpus else cores}",
+            "--config", f"gpu={int(use_gpu)}", f"cores={1 if profile or gpus else cores}", f"per_gpu={per_gpu}",
             "--ignore-incomplete", "--rerun-triggers", "mtime", "--keep-going", "--nolock", "--quiet", "all",
         ]
         # Snakemake inherits the lock: as long as it works, also after this process was killed, no other run begins.
@@ -796,6 +802,7 @@ def make_parser() -> argparse.ArgumentParser:
     run = command("run", "Run the missing steps of a recipe.", epilog="example: salt run compact --set folds.use=[0]")
     run.add_argument("--dry-run", action="store_true", help="say which steps would run, how long and with how much disk")
     run.add_argument("--cores", type=positive, metavar="N", help="CPU cores to use (default: all)")
+    run.add_argument("--per-gpu", type=positive, default=1, metavar="N", help="trainings and predictions that share a GPU (default: 1); small networks leave most of a large one idle")
     run.add_argument("--until", metavar="WHAT", help="prepare or train: end before the steps that follow those of this kind; the name of a round: end with its ensemble")
     run.add_argument("--profile", metavar="NAME", help="hand the steps to a cluster: slurm, kubernetes, or a folder with a Snakemake profile")
     say = run.add_mutually_exclusive_group()
@@ -832,6 +839,7 @@ def make_parser() -> argparse.ArgumentParser:
     step.add_argument("--phase", default="")
     step.add_argument("--fold", type=int, help="none for a phase that is shared by all folds")
     step.add_argument("--threads", type=int, default=0, help="threads for torch on the CPU")
+    step.add_argument("--per-gpu", type=positive, default=1, help="steps that may share a GPU, where there are several")
     return parser
 
 
@@ -840,6 +848,7 @@ def main(
 ) -> int:  # exit status
     "The command `salt`: 0 when all went well, 1 when something is not as it should be, 130 after Ctrl-C."
     args = make_parser().parse_args(argv)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded, here or in what is started
     if args.command not in ("demo", "run", "step"):  # these pass it on to what they have started
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: nothing half done is left behind
     try:
@@ -852,7 +861,7 @@ def main(
             print("\n".join(problems) if problems else f"{args.folder}: no problems")
             return int(bool(problems))
         elif args.command == "run":
-            run_recipe(load_recipe(args.recipe, args.data, args.set), args.dry_run, args.cores, args.profile, args.until, args.quiet, args.verbose)
+            run_recipe(load_recipe(args.recipe, args.data, args.set), args.dry_run, args.cores, args.per_gpu, args.profile, args.until, args.quiet, args.verbose)
         elif args.command == "status":
             return int(not show_status(args.recipe))
         elif args.command == "compare":
@@ -878,7 +887,7 @@ def main(
             if args.json:
                 write_atomic(args.json, json.dumps(bench, indent=1))
         elif args.command == "step":
-            run_step(args.kind, args.recipe_file, args.round, args.phase, args.fold, args.threads)
+            run_step(args.kind, args.recipe_file, args.round, args.phase, args.fold, args.threads, args.per_gpu)
     except SaltError as error:
         print(f"salt {args.command}: {error}", file=sys.stderr)
         return 1

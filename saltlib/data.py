@@ -617,7 +617,8 @@ class PredictionStore:
             self.attributes = dict(group.attrs["made_by"])  # what made the predictions
             self.ids = np.array(group.attrs["ids"], dtype=str)  # [N]
             self._row_of = {id: row for row, id in enumerate(self.ids.tolist())}
-            self._probs, self._written = group["probs"], group["written"]
+            with zarr.config.set({"array.write_empty_chunks": True}):  # else the file of a chunk that is all zeros (no salt anywhere) is left out, or even removed
+                self._probs, self._written = group["probs"], group["written"]
             n, size = len(self.ids), self._probs.shape[-1]
             kinds = {(array.dtype.str, array.shape, array.chunks) for array in (self._probs, self._written)}
             if kinds != {("<f2", (n, size, size), (CHUNK, size, size)), ("|b1", (-(-n // CHUNK),), (-(-n // CHUNK),))}:

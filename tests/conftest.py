@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # Two workers share two cores: threads inside them would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # those of steps that have two must not spin beside the other worker's
 
 # On a busy machine hypothesis' limit of 0.2 s an example says nothing about the code.
 hypothesis.settings.register_profile("untimed", deadline=None)

@@ -544,6 +544,16 @@ def test_store_reads_any_order(tmp_path):
     assert os.listdir(tmp_path / "a") == ["p.zarr"]
 
 
+def test_store_keeps_tiles_without_any_salt(tmp_path):
+    store = PredictionStore.create(tmp_path / "p.zarr", IDS[:100], size=9)
+    for rows, probs in zip(store.pending(), (np.zeros((64, 9, 9)), np.ones((36, 9, 9)))):
+        store.write(rows, probs)
+    again = PredictionStore.create(tmp_path / "p.zarr", IDS[:100], size=9)
+    assert again.complete and not again.read(IDS[:64]).any() and (again.read(IDS[64:100]) == 1).all()
+    again.write(slice(64, 100), np.full((36, 9, 9), 1e-6))  # rounded to 0
+    assert not PredictionStore(tmp_path / "p.zarr").read().any()
+
+
 def test_store_after_a_kill(tmp_path):
     "Killed by the system between the data of a chunk and its flag: that chunk is written again, nothing else is."
     path = tmp_path / "p.zarr"

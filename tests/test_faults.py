@@ -250,7 +250,7 @@ def test_any_folder_may_hold_the_project(tmp_path):
     python = folder.parent.parent / "python"
     python.symlink_to(sys.executable)
     (folder / "recipe.yaml").write_text(SINGLE)
-    command = [python, "-m", "snakemake", "--snakefile", runs / "Snakefile", "--directory", folder, "--cores", "1", "--config", "gpu=0", "cores=1", "--dry-run", "--printshellcmds", "--nolock"]
+    command = [python, "-m", "snakemake", "--snakefile", runs / "Snakefile", "--directory", folder, "--cores", "1", "--config", "gpu=0", "cores=1", "per_gpu=1", "--dry-run", "--printshellcmds", "--nolock"]
     shown = subprocess.run(command, env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.pathsep.join(p for p in sys.path if 'site-packages' in p)}"}, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     import shlex

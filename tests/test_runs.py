@@ -433,6 +433,24 @@ def test_kernels_are_forked_but_for_a_cluster(tmp_path, monkeypatch, gpus, profi
     assert seen == [forked] and "SALT_NURSERY" not in os.environ
 
 
+def test_steps_share_a_gpu_if_asked_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=4))
+    recipe, commands = cli.load_recipe("demo", None, []), []
+    monkeypatch.setattr(cli, "watch", lambda command, *_: commands.append(command))
+    monkeypatch.setattr(cli, "visible_gpus", lambda: ["0", "1"])
+    cli.run_recipe(recipe, per_gpu=3, quiet=True)
+    assert commands[0][commands[0].index("--resources") + 1] == "gpu=6"
+    shown = subprocess.run([*commands[0], "--dry-run", "--printshellcmds"], capture_output=True, text=True).stdout
+    asked = re.findall(r"step .*? (train|predict) .* --per-gpu (\d)", shown)
+    assert {kind for kind, _ in asked} == {"train", "predict"} and {n for _, n in asked} == {"3"}, shown
+    with pytest.raises(SaltError, match="with --profile a cluster deals out its own"):
+        cli.run_recipe(recipe, per_gpu=3, profile="slurm", quiet=True)
+    monkeypatch.setattr(cli, "visible_gpus", lambda: [])
+    with pytest.raises(SaltError, match="this run has none: leave it out"):
+        cli.run_recipe(recipe, per_gpu=3, quiet=True)
+    assert len(commands) == 1
+
+
 def test_trainings_alone_need_the_folds_and_the_train_tiles(tmp_path):
     project = make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=8)
     short = ["compact", "--data", "data/demo", "--set", "rounds.*.phases.*.epochs=1"]
@@ -500,7 +518,7 @@ def test_trainings_that_can_be_at_work_together_share_the_cores(tmp_path, name, 
     project = make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=4)
     recipe = read_recipe(ROOT / f"nbs/runs/recipes/{name}.yaml", ["data=data/demo"])
     folder = write_recipe(recipe, project / "outputs").parent
-    command = [sys.executable, "-m", "snakemake", "--dry-run", "--printshellcmds", "--snakefile", ROOT / "nbs/runs/Snakefile", "--directory", folder, "--cores", "3", "--config", "gpu=0", "cores=3"]
+    command = [sys.executable, "-m", "snakemake", "--dry-run", "--printshellcmds", "--snakefile", ROOT / "nbs/runs/Snakefile", "--directory", folder, "--cores", "3", "--config", "gpu=0", "cores=3", "per_gpu=1"]
     shown = subprocess.run(command, capture_output=True, text=True).stdout
     given = dict(re.findall(r"step .* train --round round1 --phase (\w+) --fold 0 --threads (\d)", shown))
     assert set(given) == set(recipe.rounds["round1"].phases) and set(given.values()) == threads, shown
