@@ -94,7 +94,7 @@ COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --fork-str
 
 # uv itself comes from the lock: its lines go from "uv==" to the first one without a backslash.
 $(UV): requirements.lock
-	@$(PYTHON) -c 'import sys; sys.exit("saltlib needs Python 3.11 or newer: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "saltlib needs Python 3.11 to 3.13: make PYTHON=python3.12 ...")'
 	@$(PYTHON) -m venv .uv
 	@awk '/^uv==/,!/\\$$/' requirements.lock > .uv/requirements.txt
 	@.uv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement .uv/requirements.txt
@@ -105,7 +105,7 @@ $(UV): requirements.lock
 
 .venv/.synced: requirements.lock $(UV) | .venv/bin/python
 	@echo "installing the environment into .venv (about 6 GB) ..."
-	@$(UV) pip sync --quiet --python .venv --require-hashes requirements.lock
+	@$(UV) pip sync --quiet --compile-bytecode --python .venv --require-hashes requirements.lock
 	@touch $@
 
 .venv/.installed: .venv/.synced settings.ini setup.py pyproject.toml

@@ -1,6 +1,8 @@
 "The documentation site, which `make docs` builds with Sphinx: README, the notebooks as they were saved, every public name."
 
 import ast
+import inspect
+import re
 import shutil
 from configparser import ConfigParser
 from pathlib import Path
@@ -39,12 +41,20 @@ def module_page(
     return "\n\n".join(page) + "\n"
 
 
+def field_comments(
+    thing,  # a class of pydantic, which docments knows no fields of
+) -> dict[str, str]:
+    "The comment of each field."
+    fields = re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(thing), re.MULTILINE)
+    return {name: comment for name, comment in fields if name in thing.model_fields}
+
+
 def add_parameters(app, what, name, thing, options, lines):
     "The comment of each parameter and of what is returned."
     if what not in ("function", "method", "class"):
         return
     lines.append("")
-    for parameter, comment in docments(thing).items():
+    for parameter, comment in (field_comments(thing) if hasattr(thing, "model_fields") else docments(thing)).items():
         if comment:
             lines.append(f":{'returns' if parameter == 'return' else f'param {parameter}'}: {' '.join(comment.split())}")
 

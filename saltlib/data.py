@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ID', 'SIZE', 'LARGEST_FILE', 'CHUNK', 'refuse', 'find_rows', 'shown', 'read_by_id', 'critical_chunks', 'decode_png',
            'TileFiles', 'folder_files', 'leaves_folder', 'zip_files', 'open_split', 'decode_all', 'stack_tiles',
-           'Tiles', 'parse_depth', 'load_tiles', 'load_images', 'encode_masks', 'rle_encode', 'rle_decode',
-           'write_rle_csv', 'read_rle_csv', 'check_ids', 'check_masks', 'check_data', 'refuse_bad_data', 'is_black',
-           'unique_pixels', 'make_folds', 'coverage_strata', 'deal_groups', 'write_folds', 'read_folds', 'widen',
-           'PredictionStore']
+           'Tiles', 'parse_depth', 'load_tiles', 'tile_checksums', 'load_images', 'encode_masks', 'rle_encode',
+           'rle_decode', 'write_rle_csv', 'read_rle_csv', 'check_ids', 'check_masks', 'check_data', 'refuse_bad_data',
+           'is_black', 'unique_pixels', 'make_folds', 'coverage_strata', 'deal_groups', 'write_folds', 'read_folds',
+           'widen', 'PredictionStore']
 
 # %% ../nbs/01_data.ipynb #db61189d
-import contextlib, csv, itertools, os, re, shutil, struct, zipfile, zlib
+import contextlib, csv, hashlib, itertools, os, re, shutil, struct, zipfile, zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +54,7 @@ def shown(
     return repr(name if len(name) <= 80 else name[:77] + "...")
 
 # %% ../nbs/01_data.ipynb #14e65978
-ID = re.compile(r"[A-Za-z0-9_-]{1,100}")  # an id becomes part of file names, so it may not name a path
+ID = re.compile(r"(?!-?(?:NA|NaN|nan|NULL|null|None)$)[A-Za-z0-9_-]{1,100}")  # an id becomes part of file names, so it may not name a path, and of tables, so it may not read as a missing value
 
 
 def read_by_id(
@@ -72,13 +72,15 @@ def read_by_id(
         return {}, [f"{path.name} can't be read ({error})."]
     if absent := [name for name in ("id", column) if name not in header]:
         return {}, [f"{path.name} has no column {' and no column '.join(absent)}; its first line must name the columns."]
+    if not rows:
+        problems.append(f"{path.name} has no row below its header.")
     for number, row in enumerate(rows, 2):
         if len(row) != len(header):
             problems.append(f"{path.name} row {number} has {len(row)} cells, its header {len(header)}.")
             continue
         id = row[header.index("id")]
         if not ID.fullmatch(id):
-            problems.append(f"{path.name} row {number}: {shown(id)} is no id (letters, digits, _ and - only).")
+            problems.append(f"{path.name} row {number}: {shown(id)} is no id (letters, digits, _ and - only, and not NA, nan, null or None).")
         elif id in values:
             problems.append(f"{path.name} row {number} has {id} a second time.")
         else:
@@ -152,7 +154,7 @@ class TileFiles:
         if name.startswith("."):
             return
         if suffix != "png" or not ID.fullmatch(id):
-            self.problems.append(f"{self.place}: {shown(name)} is not named as a tile (ID.png; letters, digits, _ and - only).")
+            self.problems.append(f"{self.place}: {shown(name)} is not named as a tile (ID.png; letters, digits, _ and - only, and not NA, nan, null or None).")
         elif id in self.entries:
             self.problems.append(f"{self.place}/{name} is there twice.")
         else:
@@ -184,9 +186,12 @@ def folder_files(
     if not Path(folder).is_dir():
         files.problems.append(f"{place} is {'no folder' if Path(folder).exists() else 'missing'}.")
         return files
-    for entry in os.scandir(folder):
-        # A FIFO of that name would be read for ever.
-        files.add(entry.name if entry.is_file() else entry.name + "/", Path(entry.path))
+    try:
+        for path in Path(folder).iterdir():
+            files.add(path.name if path.is_file() else path.name + "/", path)  # a FIFO of that name would be read for ever
+    except OSError as error:
+        files.problems.append(f"{place} can't be read ({error.strerror}).")
+        return files
     if not files.entries:
         files.problems.append(f"{place} has no ID.png.")
     return files
@@ -344,6 +349,14 @@ def load_tiles(
     order = [tiles for tiles in (after, Tiles(ids, images, masks, depths), before) if tiles is not None]
     return Tiles(np.concatenate([tiles.ids for tiles in order]), images, masks, np.concatenate([tiles.depths for tiles in order]))
 
+
+def tile_checksums(
+    tiles: Tiles,
+) -> list[str]:  # hexadecimal, in the order of the tiles
+    "A short checksum of each tile's image, mask and depth, by which a changed one is found."
+    masks = [b""] * len(tiles) if tiles.masks is None else map(np.ndarray.tobytes, tiles.masks)
+    return [hashlib.blake2b(image.tobytes() + mask + str(depth).encode(), digest_size=8).hexdigest() for image, mask, depth in zip(tiles.images, masks, tiles.depths.tolist())]
+
 # %% ../nbs/01_data.ipynb #850696bb
 def load_images(
     folder: str | Path,  # holds ID.png files
@@ -462,6 +475,8 @@ def check_data(
     root: str | Path,  # data folder
 ) -> list[str]:  # sentences, each naming its file or id; empty if all is well
     "Everything that is wrong with a data folder. Does not raise."
+    if not Path(root).is_dir():
+        return [f"{root} is {'no folder' if Path(root).exists() else 'missing'}."]
     problems, columns = [], {"depths.csv": "z", "train.csv": "rle_mask", "sample_submission.csv": "rle_mask"}
     tables, listed = {}, {}
     for name, column in columns.items():
@@ -499,7 +514,7 @@ def is_black(
     images: np.ndarray,  # uint8 [N,101,101]
 ) -> np.ndarray:  # bool [N]
     "Which tiles have a single grey value?"
-    return images.max(axis=(1, 2), initial=0) == images.min(axis=(1, 2), initial=255)
+    return (images == images[:, :1, :1]).all(axis=(1, 2))
 
 
 def unique_pixels(

@@ -25,7 +25,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import nn
 
-from .core import SaltError, write_atomic
+from .core import SaltError, read_torch, write_atomic
 
 # %% ../nbs/07_models.ipynb #ef776117
 class SCSE(nn.Module):
@@ -190,9 +190,9 @@ def imagenet_weights(
             raise SaltError(f"The ImageNet weights of {encoder} could not be fetched ({error}). {advice}") from error
     path = Path(given) / name if Path(given).is_dir() else Path(given)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return read_torch(path)
     except Exception as error:  # torch.load has many ways to say that a file is none of its own
-        raise SaltError(f"{path}, named by SALT_ENCODER_DIR, is missing or not a file of plain tensors. {advice}") from error
+        raise SaltError(f"{path}, named by SALT_ENCODER_DIR, is missing, damaged or not a file of plain tensors. {advice}") from error
 
 
 def torchvision_encoder(

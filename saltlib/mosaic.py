@@ -14,6 +14,7 @@ __all__ = ['KEPT', 'BLOCK', 'LENGTH', 'STEP', 'LINES', 'SUMS', 'EXAMPLES', 'TEAC
 # %% ../nbs/03_mosaic.ipynb #fa10dbd5
 import math
 import os
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ import pandas as pd
 from scipy.linalg import solve_triangular
 from threadpoolctl import threadpool_limits
 
-from .core import SaltError, cleared_if_failed, write_atomic
+from .core import SaltError
 from .data import SIZE, is_black, load_tiles, refuse_bad_data
 
 # %% ../nbs/03_mosaic.ipynb #3c4e9b0b
@@ -506,15 +507,20 @@ def write_mosaics(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SaltError(f"{out} is there already and not empty: delete it or name another folder for the mosaics.")
-    out.mkdir(parents=True, exist_ok=True)  # before the work: a read-only place is refused at once
-    refuse_bad_data(root)
-    with cleared_if_failed(out):
-        tiles = load_tiles(root, "test", after=(train := load_tiles(root, "train")))
-        ids, neighbors = tiles.ids, find_neighbors(tiles.images, gpu=gpu)
-        grids = assemble(neighbors, len(ids))
-        write_atomic(out / "pairs.csv", neighbors.assign(first=ids[neighbors["first"]], second=ids[neighbors["second"]]).round({"distance": 4}).to_csv(index=False))
-        for number, grid in enumerate(grids):
-            write_atomic(out / f"mosaic_{number:04}.csv", pd.DataFrame(np.where(grid < 0, "", ids[grid])).to_csv(index=False, header=False))
-            picture = draw_mosaic(grid, tiles.images, train.masks, np.arange(len(ids)) < len(train))
-            write_atomic(out / f"mosaic_{number:04}.png", cv2.imencode(".png", picture[:, :, ::-1])[1].tobytes())
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:  # before the work: a read-only place is refused at once
+            (whole := Path(scratch) / "mosaics").mkdir()
+            refuse_bad_data(root)
+            tiles = load_tiles(root, "test", after=(train := load_tiles(root, "train")))
+            ids, neighbors = tiles.ids, find_neighbors(tiles.images, gpu=gpu)
+            grids = assemble(neighbors, len(ids))
+            neighbors.assign(first=ids[neighbors["first"]], second=ids[neighbors["second"]]).round({"distance": 4}).to_csv(whole / "pairs.csv", index=False)
+            for number, grid in enumerate(grids):
+                pd.DataFrame(np.where(grid < 0, "", ids[grid])).to_csv(whole / f"mosaic_{number:04}.csv", index=False, header=False)
+                picture = draw_mosaic(grid, tiles.images, train.masks, np.arange(len(ids)) < len(train))
+                (whole / f"mosaic_{number:04}.png").write_bytes(cv2.imencode(".png", picture[:, :, ::-1])[1])
+            whole.replace(out)
+    except OSError as error:
+        raise SaltError(f"{out} could not be written ({error.strerror}): make room or permission there, then repeat the command.") from error
     return grids

@@ -31,7 +31,7 @@ PhaseName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]*(/[
 
 
 class AdamW(Strict):
-    "torch's AdamW with its own settings."
+    "torch's AdamW with its own settings; one_cycle moves its first beta from 0.95 to 0.85 and back."
     name: Literal["adamw"] = "adamw"
 
 
@@ -76,6 +76,12 @@ class PseudoLabels(Strict):
     confidence: float = Field(0.9, ge=0, le=1)  # least share of a tile's pixels below 0.2 or above 0.8
     black: bool = False  # black tiles, too
     deal: bool = False  # deal them to the folds, by classes of mask size (method, section 7)
+
+    @model_validator(mode="after")
+    def one_choice(self):
+        if self.black and self.deal:
+            raise ValueError("deal leaves black tiles without salt out, as published: leave black out, or deal")
+        return self
 
 
 class Synthetic(Strict):
@@ -135,6 +141,8 @@ class Phase(Strict):
             raise ValueError(f"{self.model} has no dropout: leave it out")
         if self.optimizer.name == "rmsprop" and self.schedule.name == "one_cycle":
             raise ValueError("one_cycle moves the momentum, which rmsprop has none of: choose another schedule or optimizer")
+        if getattr(self.schedule, "floor", 0) > self.lr:
+            raise ValueError(f"the {self.schedule.name} schedule falls from lr {self.lr:g} to floor {self.schedule.floor:g}, which lies above it: lower the floor")
         if self.skip_easy and self.draws:
             raise ValueError("skip_easy leaves tiles out of an epoch and draws repeats them: leave one of the two out")
         listed = {k for which in (self.weights, *self.fold_snapshots.values()) if not isinstance(which, str) for k in which}
@@ -232,7 +240,7 @@ class Recipe(Strict):
     name: Name  # results go to outputs/<name>/
     data: str  # data folder in the competition's shape
     seed: int = Field(0, ge=0)
-    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda)$")] = "auto"
     folds: Folds = Folds()
     clean_pseudo_labels: bool = True  # fold k's pseudo-labels come only from models that never saw fold k's tiles
     postprocess: tuple[Literal["published", "continued"], ...] = ()  # mosaic rules that correct the submission; the first that speaks of a tile decides
@@ -346,6 +354,8 @@ def read_recipe(
         refuse_twins(yaml.compose(text := path.read_text(), yaml.SafeLoader))
         plain = yaml.safe_load(text)
         largest = count_values(plain)
+    except FileNotFoundError:
+        raise SaltError(f"{path} is missing; that of a run is written by salt run.") from None
     except Exception as error:  # besides its own errors, PyYAML has those of int, datetime and the interpreter's stack
         raise SaltError(f"{path} could not be read as YAML: {error}") from None
     if largest > 100_000:
@@ -505,7 +515,7 @@ def step_arguments(
         groups = {name: group.model_dump(mode="json") for name, group in recipe.rounds[step.round].ensemble.items()}
         common |= {"ensemble": groups, "use": list(recipe.folds.use), "clean_pseudo_labels": recipe.clean_pseudo_labels, "postprocess": list(rules_in_use(recipe, step.round))}
     elif step.kind == "report":
-        common |= {"recipe": recipe.model_dump(mode="json")}
+        common |= {"recipe": recipe.model_dump(mode="json", exclude={"device"})}
     place = {k: v for k, v in (("round", step.round), ("phase_name", step.phase), ("fold", step.fold)) if v not in ("", None)}
     return common | place
 
@@ -541,6 +551,8 @@ def check_settings(
             raise SaltError(f"{recipe.folds.file} is no longer the table by which {folder} dealt the tiles: put that one back, or give this run a name of its own with --set name=....")
         interrupted = not record and (folder / "checkpoint.pt").exists()
         then = record["arguments"] if record else before.get(step, now) if interrupted else now
+        if step.kind == "report":
+            then["recipe"].pop("device", None)  # named in records of earlier versions, and decides nothing
         if then != now:
             changed[folder] = {k: (then.get(k), now.get(k)) for k in {*now, *then} if now.get(k) != then.get(k)}
     if changed:

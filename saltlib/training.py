@@ -106,7 +106,8 @@ def capture(
     half = half_dtype(x.device)
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # the recording has a stream of its own, as it must
     try:
-        with torch.autocast(x.device.type, half, enabled=half is not None, cache_enabled=False):
+        # The passes draw random numbers; a training that goes on would record in another epoch, and must not draw others.
+        with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.autocast(x.device.type, half, enabled=half is not None, cache_enabled=False):
             torch.cuda.make_graphed_callables(network, (x.clone(),), allow_unused_input=True)
     except RuntimeError as error:  # an operation that can't be recorded
         warnings.warn(f"No CUDA graphs of {type(network).__name__}, so its training is slower: {error}")
@@ -299,9 +300,11 @@ class History(Callback):
     def after_epoch(self):
         if self.epoch < len(self.rows):  # skipped: it was done before the interruption
             return
-        now, training = time.time(), self.trained - self.started
+        now, training, valid_loss = time.time(), self.trained - self.started, self.mean_loss(False)
+        if not math.isfinite(valid_loss):  # FiniteLoss sees what a step makes of the weights only in the next one, and an epoch's last has none
+            raise SaltError(f"The validation loss of epoch {self.epoch} became {valid_loss}: the last steps spoiled the weights. Lower the learning rate, or set clip. The checkpoint of the epoch before is kept.")
         self.rows.append({
-            "epoch": self.epoch, "train_loss": self.mean_loss(True), "valid_loss": self.mean_loss(False),
+            "epoch": self.epoch, "train_loss": self.mean_loss(True), "valid_loss": valid_loss,
             "mAP": float(np.concatenate(self.precisions).mean()), "lr": float(self.opt.hypers[-1]["lr"]),
             "tiles_per_second": sum(n for _, n in self.losses[True]) / training, "waiting": self.dls.train.waited / training, "seconds": now - self.started,
         })
@@ -434,7 +437,8 @@ def fit_phase(
     try:
         with learner.no_bar(), learner.no_logging():
             if schedule["name"] == "one_cycle":
-                learner.fit_one_cycle(epochs, lr, start_epoch=len(history.rows))
+                steady = 3 * (optimizer["momentum"],) if "momentum" in optimizer else None  # what is set is not moved
+                learner.fit_one_cycle(epochs, lr, moms=steady, start_epoch=len(history.rows))
             else:
                 learner.fit(epochs * schedule.get("cycles", 1), start_epoch=len(history.rows), cbs=EpochRate(schedule, lr, epochs, history.rows))
     finally:  # an interrupted forward pass would leave half precision on for all that follows in a notebook

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import albumentations as A
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -70,6 +71,15 @@ def test_up_stays_up(tiles, name):
     assert all(tile[:30].mean() < tile[-30:].mean() for tile, *_ in (data[0, number, 0] for number in range(100)))
 
 
+@pytest.mark.parametrize("name, shares", [("bes", [0.5, 0.2, 0.1, 0.7]), ("phalanx", [0.5, 0.5, 0.5])])
+def test_published_shares(name, shares):
+    "How many of 2,000 tiles each part of a set changes (method, section 5); tiles of noise, which any change shows in."
+    image = np.random.default_rng(0).integers(60, 180, (101, 101), dtype=np.uint8)
+    parts = AUGMENTATIONS[name]().transforms
+    changed = [np.mean([not np.array_equal(image, tile) for tile, _ in draw(part, image, n=2000)]) for part in parts]
+    assert np.abs(np.subtract(changed, shares)).max() < 0.04, changed
+
+
 def test_bes_grey_values():
     "Brightness multiplies by 0.8 to 1.2; contrast stretches by 0.8 to 1.2 about the mean."
     image = np.full((100, 100), 140, np.uint8)
@@ -95,6 +105,17 @@ def test_bes_geometry():
     assert np.allclose(scale, matrices[:, 1, 1]) and np.allclose(matrices[:, [0, 1], [1, 0]], 0)
     assert 0.4 <= scale.min() < 0.42 and 1.58 < scale.max() <= 1.6
     assert np.allclose([shift.min(), shift.max()], [-16, 16])
+
+
+@pytest.mark.parametrize("name, kind", [("bes", "scale"), ("phalanx", "rotate")])
+def test_what_comes_in_over_the_border_is_a_mirror_image(name, kind):
+    "Border reflect-101, as published."
+    image = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (101, 101), dtype=np.uint8), (0, 0), 2)
+    affine = next(part for part in parts(name, A.Affine) if kind == "scale" or part.rotate != (0, 0))
+    for seed in range(20):
+        tile = seed_transform(A.Compose([affine]), seed)(image=image)["image"]
+        expected = cv2.warpAffine(image, affine.params["matrix"][:2], (101, 101), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+        assert np.abs(tile.astype(int) - expected).max() <= 1
 
 
 def test_phalanx_shear_moves_top_and_bottom_apart():

@@ -29,6 +29,7 @@ def words(text):
 
 def every_public_name_has_its_parameters(site):
     assert len(MODULES) > 15
+    commented = 0
     for name in MODULES:
         page = (site / f"api/{name}.html").read_text()
         plain = words(html.unescape(re.sub(r"<[^>]+>", "", page)))
@@ -38,6 +39,11 @@ def every_public_name_has_its_parameters(site):
             if inspect.isfunction(thing := getattr(library, public)):
                 missing = [c for c in (thing.__doc__, *docments(thing).values()) if c and words(c) not in plain]
                 assert not missing, f"{name}.{public}"
+            elif inspect.isclass(thing):
+                fields = re.findall(r"^    \w+: .*?  # (.+)$", inspect.getsource(thing), re.MULTILINE)
+                commented += len(fields)
+                assert not [c for c in fields if words(c) not in plain], f"{name}.{public}"
+    assert commented > 50
 
 
 def every_notebook_and_the_pictures_of_readme_are_there(site):

@@ -12,8 +12,10 @@ import yaml
 from conftest import ROOT
 from test_runs import make_project, records, salt
 
+from saltlib.cli import run_members
 from saltlib.core import read_record
 from saltlib.data import PredictionStore
+from saltlib.ensemble import read_ends
 from saltlib.recipes import is_contaminated, read_recipe, recipe_steps, step_folder
 
 PUBLISHED = ["id", "unique_pixels", "mask_pixels", "confidence"]
@@ -69,6 +71,52 @@ def check_run(project: Path, name: str) -> None:
         assert labels["confidence"].between(0, 1).all()
 
 
+BES = {"model": "bes_resnext50", "optimizer": {"name": "rmsprop", "rho": 0.9, "eps": 1e-7, "weight_decay": 0}, "draws": 2, "batch_norm_momentum": 0.01, "augment": "bes", "black_tiles": "nowhere", "dropout": 0.2}
+PHALANX = {"optimizer": {"name": "sgd", "momentum": 0.9, "weight_decay": 1e-4}, "draws": None, "batch_norm_momentum": None, "augment": "phalanx", "black_tiles": "everywhere"}
+
+
+def plateau(factor, patience, floor, stop):
+    return {"schedule": {"name": "plateau", "factor": factor, "patience": patience, "floor": floor, "stop": stop}, "weights": "best"}
+
+
+def cosine(cycles, floor, weights):
+    return {"schedule": {"name": "cosine", "cycles": cycles, "floor": floor}, "weights": weights}
+
+
+def labels(confidence, black=False, deal=False):
+    return {"pseudo_labels": {"confidence": confidence, "black": black, "deal": deal}}
+
+
+# The table of the method, section 6, with the pseudo-labels of section 7: start, epochs of a cycle, lr, loss, batch, and what else belongs to a row.
+TABLE = {
+    "round1/bes_1": ("imagenet", 125, 1e-4, "bce_dice", 24, BES | plateau(0.25, 10, 6.25e-6, 20) | {"data": "train"}),
+    "round1/bes_2": ("round1/bes_1", 125, 5e-5, "lovasz_elu", 24, BES | plateau(0.5, 7, 6.25e-6, 15) | {"data": "train"}),
+    **{f"round1/bes_{k}": (f"round1/bes_{k - 1}", 40, 1e-4, "lovasz_elu", 24, BES | cosine(1, 0, "last") | {"data": "train"}) for k in (3, 4, 5)},
+    "round1/phalanx_v4": ("imagenet", 50, 0.012, "lovasz_relu", 18, PHALANX | cosine(6, 0.001, [1, 2, 3, 4, 5]) | {"model": "phalanx_v4", "data": "train"}),
+    "round2/bes_0": ("imagenet", 40, 1e-4, "bce_dice", 28, BES | cosine(1, 0, "last") | labels(0.9) | {"data": "pseudo", "shared": True}),
+    "round2/bes_1": ("round2/bes_0", 40, 5e-5, "lovasz_elu", 28, BES | cosine(1, 0, "last") | labels(0.9) | {"data": "pseudo", "shared": True}),
+    "round2/bes_2": ("round2/bes_1", 125, 5e-5, "lovasz_elu", 28, BES | plateau(0.5, 8, 1.25e-5, 15) | {"data": "train", "shared": False}),
+    **{f"round2/bes_{k}": (f"round2/bes_{k - 1}", epochs, 5e-5, "lovasz_elu", 28, BES | cosine(1, 0, "last") | {"data": "train"}) for k, epochs in ((3, 20), (4, 20), (5, 25))},
+    "round2/phalanx_v3": ("imagenet", 50, 0.012, "three_output", 18, PHALANX | cosine(4, 0.001, [0, 1, 2, 3]) | labels(0.97, deal=True) | {"model": "phalanx_v3", "data": "train+pseudo", "dropout": 0.4}),
+    "round3/phalanx_v5_pre": ("imagenet", 50, 0.01, "lovasz_relu", 64, PHALANX | cosine(3, 0.001, "last") | labels(0, black=True) | {"model": "phalanx_v5", "data": "pseudo", "shared": True, "dropout": 0}),
+    "round3/phalanx_v5": ("round3/phalanx_v5_pre", 50, 0.01, "lovasz_relu", 64, PHALANX | cosine(4, 0.001, [0, 1, 2, 3]) | {"model": "phalanx_v5", "data": "train", "shared": False, "fold_snapshots": {"3": [0, 1, 2], "4": [0, 1, 2]}}),
+}
+
+
+def test_the_recipe_is_the_published_table():
+    recipe = read_recipe(ROOT / "nbs/runs/recipes/first_place.yaml").model_dump(mode="json")
+    phases = {f"{name}/{phase}": settings for name, round_ in recipe["rounds"].items() for phase, settings in round_["phases"].items()}
+    assert set(phases) == set(TABLE)
+    for name, (start, epochs, lr, loss, batch_size, more) in TABLE.items():
+        row = {"start": start, "epochs": epochs, "lr": lr, "loss": loss, "batch_size": batch_size} | more
+        assert {key: phases[name][key] for key in row} == row, name
+    bes = {"bes_2": 3, "bes_3": 1, "bes_4": 1, "bes_5": 1}
+    groups = {"round1": (dict.fromkeys(bes, 1), "phalanx_v4"), "round2": (bes, "phalanx_v3"), "round3": ({f"round2/{k}": v for k, v in bes.items()}, "phalanx_v5")}
+    for name, (own, phalanx) in groups.items():
+        assert recipe["rounds"][name]["ensemble"] == {"bes": {"members": own, "stretch": False}, "phalanx": {"members": {phalanx: 1}, "stretch": True}}
+    assert recipe["folds"]["n"] == 5 and recipe["folds"]["use"] == [0, 1, 2, 3, 4] and recipe["folds"]["by"] == "depth" and recipe["postprocess"] == ["published"]
+
+
 FEW = dict(n_sections=1, height_tiles=2, train_share=0.5, black_share=0)  # half of the tiles with masks
 
 
@@ -89,6 +137,8 @@ def test_three_rounds_with_one_phase_of_each_kind(tmp_path):
     assert predicted["arguments"]["weights"] == ["weights/snapshot1.safetensors"] and predicted["metrics"]["networks"] == 1
     assert not (run / "round3/bes_2").exists()  # round 3 reads round 2's predictions
     assert PredictionStore(run / "round3/ensemble/predictions.zarr").complete
+    ends = {member.group: member.ends for member in run_members(run)}
+    assert ends["bes"] == (0, 1) and ends["phalanx"] == read_ends(run / "round3/ensemble/ends.json")[list(ends).index("phalanx")][None] != (0, 1)
 
     status = salt(project, "status", "kinds").stdout
     marked = [line for line in status.splitlines() if "contaminated True" in line]

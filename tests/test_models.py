@@ -201,6 +201,10 @@ def test_imagenet_start_from_a_folder_or_a_file(name, encoder, tmp_path, monkeyp
         state = create_model(name, pretrained=True).state_dict()
         deep = next(value for key, value in state.items() if key.endswith(("encoder.layer4.2.conv2.weight", "stages.3.2.conv2.weight")))
         assert torch.equal(deep, weights["layer4.2.conv2.weight"])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 64]) + whole[len(whole) // 2 + 1 :])
+    with pytest.raises(SaltError, match=f"{path.name}, named by SALT_ENCODER_DIR, is missing, damaged"):
+        create_model(name, pretrained=True)
     monkeypatch.setenv("SALT_ENCODER_DIR", str(tmp_path / "nowhere"))
     with pytest.raises(SaltError, match=f"nowhere.*Put {path.name}"):
         create_model(name, pretrained=True)

@@ -109,7 +109,7 @@ def test_exploration_runs_on_any_data_by_one_variable(path, few_tiles, monkeypat
     shell.run_all(notebook, exc_stop=True)
     assert shell.exc is None
     outputs = [o for c in notebook.cells for o in c.get("outputs", [])]
-    assert any("image/png" in o.get("data", {}) for o in outputs) and not [o for o in outputs if o.get("name") == "stderr"]
+    assert any({"image/png", "image/jpeg"} & o.get("data", {}).keys() for o in outputs) and not [o for o in outputs if o.get("name") == "stderr"]
 
 
 @everything

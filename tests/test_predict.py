@@ -9,13 +9,16 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from test_published import stand_ins
 
+from saltlib import cli
 from saltlib.cli import find_members, predict_folder
 from saltlib.core import SaltError
 from saltlib.data import read_rle_csv
 from saltlib.inference import predict
+from saltlib.models import create_model, save_weights
 from saltlib.published import load_published
 from saltlib.synthetic import cut_tiles, make_section
 
@@ -54,6 +57,24 @@ def test_released_files_are_combined_by_the_published_weights(tiles, released, t
     ids = np.array([f"t{k}" for k in range(4)])
     assert (read_rle_csv(tmp_path / "new.csv", ids) == ((phalanx + bes) / 2 > 0.5)).all()
     assert not list(tmp_path.glob(".new.csv*"))
+
+
+def test_a_tile_has_the_same_mask_in_any_company(tiles, tmp_path, monkeypatch):
+    "A run's networks are stretched as they were over its own test tiles, not over those in the folder."
+    folder, images = tiles
+    torch.manual_seed(1)
+    network = create_model("compact")
+    save_weights(network, tmp_path / "last.safetensors")
+    probs = predict(network, images, "compact", device="cpu")
+    low, high = 0.05, 0.52  # so 0.285 becomes 0.5
+    monkeypatch.setattr(cli, "find_members", lambda _: [cli.Member(tmp_path / "last.safetensors", "compact", "all", 1.0, (low, high))])
+    predict_folder(folder, "", tmp_path / "all.csv", device="cpu")
+    for k in range(1, 4):
+        (folder / f"t{k}.png").unlink()
+    predict_folder(folder, "", tmp_path / "one.csv", device="cpu")
+    masks = [read_rle_csv(tmp_path / name, np.array(["t0"]))[0] for name in ("all.csv", "one.csv")]
+    assert np.array_equal(*masks) and (masks[0] != ((probs[0] - low) / (high - low) > 0.5)).mean() < 1e-3
+    assert (masks[0] != (probs[0] > 0.5)).mean() > 0.01
 
 
 def test_bad_input_is_refused_before_work(tiles, tmp_path):

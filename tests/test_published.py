@@ -77,6 +77,8 @@ def test_batch_counters_of_later_torch_are_read(path):
     (lambda t: t.update({"logit.0.bias": torch.zeros(64)}), r"1 of another shape: logit.0.bias \(64,\) instead of \(32,\)"),
     (lambda t: t.update({"resnet.bn1.bias": torch.ones(64)}), "under two names with different values"),
     (lambda t: t.update({"epoch": 3}), "something else than a state dict"),
+    (lambda t: t.update({3: torch.zeros(3)}), "something else than a state dict"),
+    (lambda t: t.update({"logit.0.bias": torch.zeros(32, dtype=torch.int8)}), "something else than a state dict"),
     (lambda t: t.update({"logit.0.bias": torch.full((32,), torch.nan)}), "1 of its tensors hold infinite numbers or none, among them head.0.bias"),
     (lambda t: t.update({"logit.0.bias": torch.zeros(32).to_sparse()}), "something else than a state dict"),
     (lambda t: t.update({"logit.0.bias": torch.zeros(32, device="meta")}), "something else than a state dict"),

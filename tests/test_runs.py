@@ -337,16 +337,18 @@ def test_what_a_finished_run_refuses_and_mends(finished, tmp_path):
 
 
 def test_a_machine_without_network_hands_its_results_out_in_pieces(finished, tmp_path):
-    project, home = tmp_path / "there", tmp_path / "home"
+    project = tmp_path / "there"
     shutil.copytree(finished[0], project, symlinks=True)
-    (home / "salt" / "bin").mkdir(parents=True)
-    (home / "salt" / "bin" / "salt").symlink_to(SALT[0])
-    (project / ".gpu-pack").mkdir()
+    site = project / ".gpu-pack" / "site"
+    (site / "bin").mkdir(parents=True)
+    (site / "bin" / "salt").symlink_to(SALT[0])
+    (site / ".installed").touch()
     packed = subprocess.run(["tar", "--create", "--directory", project / "data" / "demo", "train.csv"], check=True, capture_output=True).stdout
     (project / ".gpu-pack" / "train.tar.00").write_bytes(packed[:1000])
     (project / ".gpu-pack" / "train.tar.01").write_bytes(packed[1000:])
-    script = [project / "nbs/runs/gpu_machine.sh", "results", "2", "demo", *SHORT]
-    done = subprocess.run(script, cwd=project, env=os.environ | {"HOME": str(home), "PYTHON": sys.executable}, capture_output=True, text=True)
+    script = [project / "nbs/runs/gpu_machine.sh", "results", "2"]
+    assert "gpu_machine.sh OUT MINUTES COMMAND" in subprocess.run(script, cwd=project, capture_output=True, text=True).stderr
+    done = subprocess.run([*script, "run", "demo", *SHORT], cwd=project, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
     assert done.returncode == 0 and "all 12 steps are done" in done.stdout, done.stdout + done.stderr
     assert (project / "data/train.csv").read_bytes() == (project / "data/demo/train.csv").read_bytes()
     pieces = sorted((project / "results").iterdir())
@@ -451,6 +453,26 @@ def test_steps_share_a_gpu_if_asked_to(tmp_path, monkeypatch):
     assert len(commands) == 1
 
 
+def test_trainings_alone_end_with_the_round_before_predictions(tmp_path, monkeypatch):
+    "Also where a phase of the next round needs none."
+    monkeypatch.chdir(make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=4))
+    recipe = cli.load_recipe("demo", None, ["rounds.round2.phases.more={model: compact, start: round1/compact, epochs: 1, batch_size: 8, lr: 1e-3, loss: bce_dice}"])
+    commands = []
+    monkeypatch.setattr(cli, "watch", lambda command, *_: commands.append(command))
+    cli.run_recipe(recipe, until="train", quiet=True)
+    shown = subprocess.run([*commands[0], "--dry-run", "--printshellcmds"], capture_output=True, text=True).stdout
+    asked = re.findall(r"step --recipe-file \S+ (\w+)(?: --round (\w+))?", shown)
+    assert sorted(asked) == [("prepare", ""), ("train", "round1"), ("train", "round1")] and [*map(str, cli.steps_until(recipe, "train"))][1:] == [f"train round1 compact fold {k}" for k in (0, 1)], shown
+
+
+def test_a_recipe_is_found_where_the_user_is(tmp_path, monkeypatch, capsys):
+    project = make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=4)
+    (project / "own").mkdir()
+    shutil.copy(ROOT / "nbs/runs/recipes/demo.yaml", project / "own/mine.yaml")
+    monkeypatch.chdir(project / "own")
+    assert not cli.show_status("mine.yaml") and "0 of 12 steps done" in capsys.readouterr().out
+
+
 def test_trainings_alone_need_the_folds_and_the_train_tiles(tmp_path):
     project = make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=8)
     short = ["compact", "--data", "data/demo", "--set", "rounds.*.phases.*.epochs=1"]
@@ -468,9 +490,12 @@ def test_a_run_ends_with_a_round(finished, tmp_path):
     shutil.copytree(finished[0], project, symlinks=True)
     for gone in ("report", "round2", "round1/ensemble"):
         shutil.rmtree(project / "outputs/demo" / gone)
+    (project / "outputs/demo/round1/ensemble").mkdir()
+    (project / "outputs/demo/round1/ensemble/.out_of_fold.csv.7.part").touch()  # of an attempt that was killed
     assert "1 of 12 steps would run." in salt(project, "run", "demo", *SHORT, "--until", "round1", "--dry-run").stdout
     assert "6 of 12 steps are done" in salt(project, "run", "demo", *SHORT, "--until", "round1").stdout
     assert (project / "outputs/demo/round1/ensemble/record.json").exists() and not (project / "outputs/demo/round2").exists()
+    assert not (project / "outputs/demo/submission.csv").exists() and not list((project / "outputs/demo").rglob("*.part"))
     assert "choose one of prepare, train, round1, round2" in salt(project, "run", "demo", *SHORT, "--until", "round3", check=False).stderr
 
 

@@ -93,7 +93,7 @@ def drift(root) -> list[str]:
     expect(docker.endswith('ENTRYPOINT ["salt"]\nCMD ["--help"]\n'), "Dockerfile: does not start salt")
 
     make = (root / "Makefile").read_text()
-    expect("pip sync --quiet --python .venv --require-hashes requirements.lock\n" in make, "Makefile: not from the lock, with hashes")
+    expect("pip sync --quiet --compile-bytecode --python .venv --require-hashes requirements.lock\n" in make, "Makefile: not from the lock, with hashes, and compiled")
     expect(not re.search(r"[a-z]==\d", make), "Makefile: names versions of its own")
     expect(f"--python-version {python} " in make, "Makefile: locks for another Python than settings.ini")
     for name, text in {"Dockerfile": docker, "Makefile": make}.items():

@@ -1,4 +1,4 @@
-"""What the training notebook can't show without a GPU."""
+"""What the training notebook does not show: a step that goes wrong, and a GPU."""
 
 from unittest.mock import patch
 
@@ -6,15 +6,54 @@ import numpy as np
 import pytest
 import torch
 
+from saltlib.core import SaltError, read_torch
 from saltlib.data import Tiles
+from saltlib.losses import LOSSES
 from saltlib.synthetic import cut_tiles, make_section
-from saltlib.training import ToNetworkInput, fit_phase
+from saltlib.training import EpochRate, ToNetworkInput, fit_phase
+
+
+@pytest.fixture
+def tiles():
+    image, mask = make_section(seed=3, height_tiles=2, width_tiles=6)
+    return Tiles(np.array([f"tile{i:02d}" for i in range(12)]), cut_tiles(image), cut_tiles(mask), np.zeros(12, int))
+
+
+def test_weights_that_an_epochs_last_step_spoils_are_not_kept(tiles, tmp_path, monkeypatch):
+    "The loss of that step is a number; its gradient is none. And one_cycle leaves a momentum that was set alone."
+    batches, loss = [], LOSSES["bce_dice"]
+
+    def spoil(output, target):
+        batches.append(torch.is_grad_enabled())
+        return (0 * output.mean()).sqrt() if sum(batches) == 4 and batches[-1] else loss(output, target)
+
+    monkeypatch.setitem(LOSSES, "bce_dice", spoil)
+    settings = dict(model="compact", start="scratch", loss="bce_dice", augment="none", epochs=2, batch_size=4, lr=1e-4, seed=1, optimizer={"name": "sgd", "momentum": 0.5, "weight_decay": 0.0}, device="cpu")
+    with pytest.raises(SaltError, match="validation loss of epoch 1 became nan"):
+        fit_phase(tiles[:8], tiles[8:], tmp_path, **settings)
+    state = read_torch(tmp_path / "checkpoint.pt")
+    assert len(state["history"]) == 1 and all(tensor.isfinite().all() for tensor in state["model"].values())
+    assert {group["momentum"] for group in state["optimizer"]["param_groups"]} == {0.5}
+    assert fit_phase(tiles[:8], tiles[8:], tmp_path, **settings)["valid_loss"].notna().all()  # the loss is as before: the training goes on
+
+
+def test_published_settings_reach_optimizer_and_network(tiles, tmp_path, monkeypatch):
+    "Each cosine cycle begins with a new optimizer; batch norms have the momentum that was set; draws make an epoch longer."
+    seen, before = [], EpochRate.before_epoch
+
+    def look(self):
+        before(self)
+        norm = next(m for m in self.model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+        seen.append((self.epoch, len(self.opt.state_dict()["state"]) > 0, norm.momentum, len(list(self.dls.train.batch_sampler))))
+
+    monkeypatch.setattr(EpochRate, "before_epoch", look)
+    fit_phase(tiles[:4], tiles[4:6], tmp_path, model="compact", start="scratch", loss="bce_dice", augment="none", epochs=2, batch_size=2, lr=1e-3, seed=1, draws=3, batch_norm_momentum=0.01,
+              optimizer={"name": "sgd", "momentum": 0.9, "weight_decay": 1e-4}, schedule={"name": "cosine", "cycles": 2, "floor": 1e-4}, device="cpu")
+    assert seen == [(0, False, 0.01, 6), (1, True, 0.01, 6), (2, False, 0.01, 6), (3, True, 0.01, 6)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_an_interrupted_training_goes_on_on_a_gpu(tmp_path):
-    image, mask = make_section(seed=3, height_tiles=2, width_tiles=6)
-    tiles = Tiles(np.array([f"tile{i:02d}" for i in range(12)]), cut_tiles(image), cut_tiles(mask), np.zeros(12, int))
+def test_an_interrupted_training_goes_on_on_a_gpu(tiles, tmp_path):
     settings = dict(model="compact", start="scratch", loss="bce_dice", augment="light", epochs=3, batch_size=4, lr=1e-3, seed=1, skip_easy=0.5, device="cuda")
     before = ToNetworkInput.before_batch
 

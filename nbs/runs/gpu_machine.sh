@@ -1,15 +1,21 @@
 #!/usr/bin/env bash
-# gpu_machine.sh OUT MINUTES RECIPE [OPTIONS of salt run]: goes on with a run on a machine without network, for at most so long.
+# gpu_machine.sh OUT MINUTES COMMAND [OPTIONS]: a command of salt on a machine without network, for at most so long:
+#     nbs/runs/gpu_machine.sh results 9 run modern_gpu --until train
 # Call it in the project's folder, with .gpu-pack/ as `make gpu-pack` left it, as often as it takes. OUT gets all of outputs/
 # but the predictions, which any machine makes anew from the weights, in files of at most 16 MB. To go on elsewhere with
 # what they hold:  cat OUT/outputs.tar.* | tar --extract
 set -euo pipefail
-out=$1 minutes=$2 recipe=$3
-shift 3
+[ $# -ge 3 ] || { sed -n '2,6s/^# //p' "$0" >&2; exit 2; }
+out=$1 minutes=$2
+shift 2
 python=${PYTHON:-python3}
-packages=$HOME/salt
+packages=$PWD/.gpu-pack/site
 
-[ -d "$packages" ] || "$python" -m pip install --quiet --no-index --no-deps --target "$packages" .gpu-pack/*.whl
+if [ ! -e "$packages/.installed" ] || [ -n "$(find .gpu-pack -maxdepth 1 -name '*.whl' -newer "$packages/.installed")" ]; then
+    rm -rf "$packages"
+    "$python" -m pip install --quiet --no-index --no-deps --target "$packages" .gpu-pack/*.whl
+    touch "$packages/.installed"
+fi
 for tiles in train test; do # for trainings alone, the pieces of the train tiles are enough
     [ -e "data/.$tiles" ] || [ ! -e ".gpu-pack/$tiles.tar.00" ] || { cat ".gpu-pack/$tiles.tar".* | tar --extract --directory data && touch "data/.$tiles"; }
 done
@@ -17,7 +23,7 @@ export PYTHONPATH=$PWD:$packages JUPYTER_PATH=$packages/share/jupyter
 export PYTHONWARNINGS="ignore:IProgress not found" # tqdm would like widgets, which nobody looks at there
 
 status=0
-timeout --signal=INT "${minutes}m" "$python" "$packages/bin/salt" run "$recipe" "$@" || status=$?
+timeout --signal=INT "${minutes}m" "$python" "$packages/bin/salt" "$@" || status=$?
 [ "$status" != 124 ] || echo "The time is up: the next call goes on after the last finished epoch."
 
 mkdir -p "$out"
