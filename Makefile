@@ -103,6 +103,7 @@ $(UV): requirements.lock
 .venv/bin/python: | $(UV)
 	@$(UV) venv --quiet --python $(PYTHON) .venv
 
+# Compiled here: where Python may not write bytecode, as in many containers, each process would compile again all that it imports.
 .venv/.synced: requirements.lock $(UV) | .venv/bin/python
 	@echo "installing the environment into .venv (about 6 GB) ..."
 	@$(UV) pip sync --quiet --compile-bytecode --python .venv --require-hashes requirements.lock

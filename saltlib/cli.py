@@ -474,8 +474,10 @@ def run_recipe(
         passes = {str(step): training_passes(recipe, step) if step.kind in ("train", "predict") else 100 for step in steps}  # the others: about as long as some tiles
         epochs = {str(step): recipe.rounds[step.round].phases[step.phase].total_epochs for step in steps if step.kind == "train"}
         records = {str(step): step_folder(recipe, step, outputs) / "record.json" for step in steps}
-        with contextlib.nullcontext() if profile or sys.platform != "linux" else nursery():
-            status = watch(command, [lock.fileno()], Progress(recipe.name, passes, epochs, lambda step: records[step].exists()), quiet, verbose)
+        status = 0
+        if steps or not (until or page.exists()):  # the page is no step
+            with contextlib.nullcontext() if profile or sys.platform != "linux" else nursery():
+                status = watch(command, [lock.fileno()], Progress(recipe.name, passes, epochs, lambda step: records[step].exists()), quiet, verbose)
     if status:
         failed = [row for row in status_rows(recipe, outputs) if row[1] == "failed"]
         reasons = [f"  {row[0]}: {row[2]}" for row in failed] or [f"  no step says why; Snakemake's own account is the newest file in {folder}/.snakemake/log"]
