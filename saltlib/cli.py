@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from .core import SaltError, changed_files, checksum, pick_device, project_root, read_json, read_record, runs_folder, usable_cores, visible_gpus, write_atomic
+from .core import SaltError, changed_files, checksum, gpu_works, project_root, read_json, read_record, runs_folder, usable_cores, visible_gpus, write_atomic
 from .data import refuse_bad_data
 from .recipes import Recipe, Step, check_settings, full_name, read_recipe, recipe_folder, recipe_steps, step_folder, step_inputs, write_recipe
 
@@ -460,6 +460,7 @@ def run_recipe(
         page = step_folder(recipe, Step("report"), outputs) / "report.html"
         if outdated or page.exists() and not page.stat().st_size:
             page.unlink(missing_ok=True)
+        if outdated:
             (folder / "submission.csv").unlink(missing_ok=True)  # the report puts it there again; each ensemble keeps its own
         target = [str((step_folder(recipe, step, outputs) / "record.json").relative_to(folder)) for step in wanted] if until else []
         if not profile:
@@ -667,7 +668,7 @@ def read_run_ends(
     "Between which values the groups were stretched over the run's test tiles. `SaltError` if that ensemble is not done or damaged."
     from saltlib.ensemble import read_ends
 
-    if (record := read_record(folder, verify=True)) is None or "ends.json" not in record["files"]:
+    if (record := read_record(folder, verify=True, part="ends.json")) is None or "ends.json" not in record["files"]:
         raise SaltError(f"{folder} does not say yet how the predictions of a group are stretched: finish the run first (salt run).")
     return [ends[None] for ends in read_ends(folder / "ends.json")]
 
@@ -885,8 +886,7 @@ def main(
         elif args.command == "mosaic":
             from saltlib.mosaic import write_mosaics
 
-            gpu = "cuda" if visible_gpus() and pick_device().type == "cuda" else None  # without a GPU torch, which takes seconds to load, isn't asked
-            grids = write_mosaics(args.data, args.out, gpu)
+            grids = write_mosaics(args.data, args.out, "cuda" if visible_gpus() and gpu_works() else None)  # without a GPU torch, which takes seconds to load, isn't asked
             print(f"{args.out}: {len(grids)} mosaics of {sum(int((grid >= 0).sum()) for grid in grids)} tiles")
         elif args.command == "predict":
             predict_folder(**predict_settings(args), device=args.device)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKAGED', 'PACKAGES', 'SaltError', 'project_root', 'runs_folder', 'write_atomic', 'read_json', 'read_torch',
-           'derive_seed', 'set_seed', 'visible_gpus', 'pick_device', 'half_dtype', 'autocast', 'versions', 'git_commit',
-           'checksum', 'usable_cores', 'process_memory', 'peak_memory', 'seal', 'RunRecord', 'read_record',
-           'changed_files']
+           'derive_seed', 'set_seed', 'visible_gpus', 'gpu_works', 'pick_device', 'half_dtype', 'autocast', 'versions',
+           'git_commit', 'checksum', 'usable_cores', 'process_memory', 'peak_memory', 'seal', 'RunRecord',
+           'read_record', 'changed_files']
 
 # %% ../nbs/00_core.ipynb #c9c673a4
 import contextlib, hashlib, importlib.metadata, importlib.resources, json, os, platform, random, re, resource, shutil, subprocess, sys, time, zipfile
@@ -119,19 +119,26 @@ def visible_gpus() -> list[str]:  # names, as CUDA_VISIBLE_DEVICES has them
     return [str(k) for k in range(sum(line.startswith("GPU ") for line in listed))]
 
 
+def gpu_works() -> bool:
+    "Can torch use a GPU here?"
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def pick_device(
     name: str = "auto",  # 'auto', 'cpu' or 'cuda', which is the first GPU that CUDA_VISIBLE_DEVICES leaves
 ) -> "torch.device":
     "The device of that name; 'auto' is the GPU where there is one. `SaltError` if a GPU is asked for and none is there, or one is there that torch can't use."
     import torch
 
-    if name == "auto" and visible_gpus() and not torch.cuda.is_available():
-        raise SaltError(f"nvidia-smi lists a GPU that torch {torch.__version__} can't use, as with a driver too old for its CUDA {torch.version.cuda}: update the driver, or do without the GPU (device cpu).")
+    if name == "auto" and not gpu_works() and visible_gpus():
+        raise SaltError(f"There is a GPU that torch {torch.__version__} can't use: the driver may be too old for its CUDA {torch.version.cuda}, or CUDA_VISIBLE_DEVICES names another. Mend that, or do without the GPU: device cpu, or CUDA_VISIBLE_DEVICES=-1 before the command.")
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if gpu_works() else "cpu"
     if name not in ("cpu", "cuda"):
         raise SaltError(f"There is no device {name!r} for saltlib: use 'auto', 'cpu' or 'cuda'; which GPU that is, CUDA_VISIBLE_DEVICES says.")
-    if name == "cuda" and not torch.cuda.is_available():
+    if name == "cuda" and not gpu_works():
         raise SaltError(f"Device {name} was asked for, but torch {torch.__version__} sees no GPU: use 'auto' or 'cpu'.")
     return torch.device(name)
 

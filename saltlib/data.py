@@ -514,7 +514,7 @@ def is_black(
     images: np.ndarray,  # uint8 [N,101,101]
 ) -> np.ndarray:  # bool [N]
     "Which tiles have a single grey value?"
-    return (images == images[:, :1, :1]).all(axis=(1, 2))
+    return images.max(axis=(1, 2)) == images.min(axis=(1, 2))
 
 
 def unique_pixels(

@@ -27,7 +27,7 @@ import pandas as pd
 from scipy.linalg import solve_triangular
 from threadpoolctl import threadpool_limits
 
-from .core import SaltError
+from .core import SaltError, write_atomic
 from .data import SIZE, is_black, load_tiles, refuse_bad_data
 
 # %% ../nbs/03_mosaic.ipynb #3c4e9b0b
@@ -508,19 +508,23 @@ def write_mosaics(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SaltError(f"{out} is there already and not empty: delete it or name another folder for the mosaics.")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:  # before the work: a read-only place is refused at once
-            (whole := Path(scratch) / "mosaics").mkdir()
-            refuse_bad_data(root)
-            tiles = load_tiles(root, "test", after=(train := load_tiles(root, "train")))
-            ids, neighbors = tiles.ids, find_neighbors(tiles.images, gpu=gpu)
-            grids = assemble(neighbors, len(ids))
-            neighbors.assign(first=ids[neighbors["first"]], second=ids[neighbors["second"]]).round({"distance": 4}).to_csv(whole / "pairs.csv", index=False)
-            for number, grid in enumerate(grids):
-                pd.DataFrame(np.where(grid < 0, "", ids[grid])).to_csv(whole / f"mosaic_{number:04}.csv", index=False, header=False)
-                picture = draw_mosaic(grid, tiles.images, train.masks, np.arange(len(ids)) < len(train))
-                (whole / f"mosaic_{number:04}.png").write_bytes(cv2.imencode(".png", picture[:, :, ::-1])[1])
-            whole.replace(out)
+        out.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=".", dir=out)  # before the work: a read-only place is refused at once
     except OSError as error:
         raise SaltError(f"{out} could not be written ({error.strerror}): make room or permission there, then repeat the command.") from error
+    with scratch:
+        whole = Path(scratch.name)
+        refuse_bad_data(root)
+        tiles = load_tiles(root, "test", after=(train := load_tiles(root, "train")))
+        ids, neighbors = tiles.ids, find_neighbors(tiles.images, gpu=gpu)
+        grids = assemble(neighbors, len(ids))
+        write_atomic(whole / "pairs.csv", neighbors.assign(first=ids[neighbors["first"]], second=ids[neighbors["second"]]).round({"distance": 4}).to_csv(index=False))
+        for number, grid in enumerate(grids):
+            write_atomic(whole / f"mosaic_{number:04}.csv", pd.DataFrame(np.where(grid < 0, "", ids[grid])).to_csv(index=False, header=False))
+            picture = draw_mosaic(grid, tiles.images, train.masks, np.arange(len(ids)) < len(train))
+            write_atomic(whole / f"mosaic_{number:04}.png", cv2.imencode(".png", picture[:, :, ::-1])[1].tobytes())
+        if others := sorted(path.name for path in out.iterdir() if path != whole):
+            raise SaltError(f"{out} has got {others[0]} from elsewhere meanwhile: name another folder for the mosaics.")
+        for path in whole.iterdir():
+            path.replace(out / path.name)
     return grids

@@ -329,7 +329,7 @@ def test_what_a_finished_run_refuses_and_mends(finished, tmp_path):
     page = project / "outputs/demo/report/report.html"
     page.write_text("")
     salt(project, "run", "demo", *SHORT)
-    assert "</html>" in page.read_text() and records(project) == before
+    assert "</html>" in page.read_text() and records(project) == before and (project / "outputs/demo/submission.csv").exists()
     for file in (page, page.with_name("report.ipynb")):
         file.unlink()
     assert "1 of 12 steps to run" in salt(project, "run", "demo", *SHORT).stdout

@@ -26,7 +26,7 @@ status=0
 timeout --signal=INT "${minutes}m" "$python" "$packages/bin/salt" "$@" || status=$?
 [ "$status" != 124 ] || echo "The time is up: the next call goes on after the last finished epoch."
 
-mkdir -p "$out"
+mkdir -p "$out" outputs
 rm -f "$out"/outputs.tar.*
 tar --create --exclude=predictions.zarr --exclude=.snakemake outputs | split --bytes 16M --numeric-suffixes --suffix-length 3 - "$out/outputs.tar."
 exit "$status"
