@@ -503,7 +503,7 @@ def write_mosaics(
     out: str | Path,  # folder to fill; it may exist if it is empty
     gpu: str | None = None,  # as in `find_neighbors`
 ) -> list[np.ndarray]:  # the grids: row numbers of train and test tiles together, train first
-    "Write pairs.csv, mosaic_0000.csv, mosaic_0000.png ... `SaltError` before work begins if the data are not in order or the folder is in use."
+    "Write pairs.csv, mosaic_0000.csv, mosaic_0000.png ... `SaltError` before work begins if the data are not in order or the folder is in use, and at its end if the folder has got other files meanwhile."
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SaltError(f"{out} is there already and not empty: delete it or name another folder for the mosaics.")
