@@ -2,6 +2,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -16,6 +17,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # those of steps that have 
 # On a busy machine hypothesis' limit of 0.2 s an example says nothing about the code.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+
+def pytest_configure(config):
+    """Matplotlib's list of fonts is made anew for the tests, once for all their processes: the one in the user's home outlives
+    environments, and a list made while an environment was being deleted has warnings in every notebook from then on."""
+    if hasattr(config, "workerinput"):
+        return
+    folder = tempfile.mkdtemp()
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    os.environ["MPLCONFIGDIR"] = folder
+    import matplotlib.font_manager  # noqa: F401, PLC0415 reads the variable, and writes the list
 
 
 # Each of these takes a minute or more. The second one makes the run that others in its file look at.
