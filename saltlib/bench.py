@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'Measured', 'measure', 'matmul_gflops', 'forward_gflop', 'prepare_plainly', 'predict_plainly',
-           'train_loss', 'train_plainly', 'seismic_tiles', 'network_row', 'bench_prediction', 'bench_training',
+           'train_loss', 'train_plainly', 'bench_tiles', 'network_row', 'bench_prediction', 'bench_training',
            'bench_around', 'run_bench', 'bench_table']
 
 # %% ../nbs/16_bench.ipynb #c076e76f
@@ -31,7 +31,7 @@ from .metrics import precision_at_iou
 from .models import create_model, find_network, prepare, prepare_masks
 from .mosaic import assemble, find_neighbors, mosaic_table
 from .postprocess import RULES, find_sources, straight_masks, straight_rows
-from .synthetic import cut_tiles, make_dataset, make_section
+from .synthetic import make_dataset, make_tiles
 from .training import fit_phase
 
 # %% ../nbs/16_bench.ipynb #8f8d3de3
@@ -113,16 +113,15 @@ def predict_plainly(
     images: np.ndarray,  # uint8 [N,101,101]
     model_name: str,
     device: torch.device,
-    batch_size: int = 8,
 ) -> np.ndarray:  # float32 [N,101,101], 0..1
     "Salt probabilities as `saltlib.inference.predict` gives them, the plain way."
     kind = find_network(model_name)
     network = network.to(device, memory_format=torch.contiguous_format).eval()
     probs = []
     with torch.inference_mode():
-        for first in range(0, len(images), batch_size):
+        for first in range(0, len(images), 8):
             seen = []
-            for view in (images[first : first + batch_size], images[first : first + batch_size, :, ::-1]):
+            for view in (images[first : first + 8], images[first : first + 8, :, ::-1]):
                 batch = torch.cat([prepare_plainly(tile, model_name) for tile in view])
                 seen.append(network(batch.to(device)).sigmoid().cpu().numpy()[:, 0])
             inner = slice(kind.pad[0], kind.pad[0] + kind.size)
@@ -160,15 +159,11 @@ def train_plainly(
         optimizer.step()
 
 # %% ../nbs/16_bench.ipynb #34f1b742
-def seismic_tiles(
+def bench_tiles(
     n: int,  # how many
 ) -> Tiles:  # synthetic, with masks
-    "Tiles to measure with, cut from synthetic sections; always the same."
-    pictures, masks = [], []
-    for seed in range(-(-n // 40)):
-        for whole, into in zip(make_section(seed), (pictures, masks)):
-            into.append(cut_tiles(whole))
-    return Tiles(np.array([f"tile{k:06}" for k in range(n)]), np.concatenate(pictures)[:n], np.concatenate(masks)[:n], np.full(n, 500))
+    "Tiles to measure with, always the same."
+    return make_tiles(-(-n // 40), seed=0)[:n]
 
 
 def network_row(
@@ -283,16 +278,16 @@ def run_bench(
 
     if scale:
         for times in (1, 4, 16):
-            tiles = seismic_tiles(times * (8 if quick else 160))
+            tiles = bench_tiles(times * (8 if quick else 160))
             done(bench_prediction("compact", tiles.images, 1, device, roof), *bench_around(tiles, members=4))
     else:
         for name, (n_plain, _) in NETWORKS.items():
             n_plain = 1 if quick else n_plain * (32 if on_gpu else 1)
-            done(bench_prediction(name, seismic_tiles(n_plain * (1 if quick else 4)).images, n_plain, device, roof))
+            done(bench_prediction(name, bench_tiles(n_plain * (1 if quick else 4)).images, n_plain, device, roof))
         for name in NETWORKS if on_gpu else ["compact"]:
             batch_size = NETWORKS[name][1]
-            done(bench_training(name, seismic_tiles(batch_size if quick else 2048 if on_gpu else 256), batch_size, device, roof))
-        done(*bench_around(seismic_tiles(64 if quick else 4000), members=2 if quick else 10))
+            done(bench_training(name, bench_tiles(batch_size if quick else 2048 if on_gpu else 256), batch_size, device, roof))
+        done(*bench_around(bench_tiles(64 if quick else 4000), members=2 if quick else 10))
     machine = {
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(), "cores": usable_cores(),
         "precision": str(half_dtype(device) or torch.float32).removeprefix("torch."), "matmul_gflops": roof, "torch": torch.__version__,

@@ -48,7 +48,7 @@ def write_atomic(
     path: str | Path,  # final place; its folder is made if missing
     data: str | bytes | Iterable[str],  # the whole content, at once or line by line
 ) -> Path:
-    "Write `data` so that `path` is either as before or complete, also after a crash or on a full disk."
+    "Write `data` so that `path` is either as before or complete, also after a crash or on a full disk. `SaltError` if that fails."
     path = Path(path)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -147,7 +147,7 @@ def half_dtype(
     device: "torch.device",
     precision: str = "auto",  # 'auto', 'bfloat16', 'float16' or 'float32'
 ) -> "torch.dtype | None":  # None means float32 throughout
-    "The half precision that `autocast` uses on `device`, if any."
+    "The half precision that `autocast` uses on `device`, if any. `SaltError` for another precision."
     import torch
 
     if precision not in ("auto", "bfloat16", "float16", "float32"):

@@ -330,7 +330,7 @@ def load_tiles(
     split: str,  # 'train' or 'test'
     after: Tiles | None = None,  # put the test tiles behind these, in one array: joining two would take twice the memory
     before: Tiles | None = None,  # put the test tiles in front of these
-) -> Tiles:  # of the split, sorted by id
+) -> Tiles:  # of the split, sorted by id; with the others before or behind them, if there are any
     "All tiles of a split. `SaltError` naming the files and ids if a tile, mask or depth is missing or unreadable."
     cells, problems = read_by_id(Path(root) / "depths.csv", "z")
     depths = {id: parse_depth(cell) for id, cell in cells.items()}

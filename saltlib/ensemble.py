@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AHEAD', 'PIXELS', 'DEALT', 'ROUNDING', 'weighted_mean', 'plain_mean', 'in_pieces', 'averaged_ahead', 'stretch',
            'confidence', 'pseudo_label_table', 'deal', 'choose_pseudo_labels', 'read_pseudo_labels', 'decode_masks',
-           'Group', 'group_means', 'group_ends', 'Ensemble', 'read_ends', 'average_round', 'score_out_of_fold',
-           'member_table', 'disagreement', 'tile_disagreement', 'out_of_fold_pieces', 'scores_by_disagreement',
+           'Group', 'group_means', 'group_ends', 'Ensemble', 'read_ends', 'average_round', 'out_of_fold',
+           'score_out_of_fold', 'member_table', 'disagreement', 'tile_disagreement', 'scores_by_disagreement',
            'count_pseudo_labels']
 
 # %% ../nbs/11_ensemble.ipynb #9a0ba636
@@ -52,11 +52,10 @@ def plain_mean(
 
 def in_pieces(
     n: int,  # how many
-    size: int = CHUNK,  # tiles a piece
 ) -> Iterator[slice]:
-    "Slices that cover 0..n."
-    for first in range(0, n, size):
-        yield slice(first, min(first + size, n))
+    "Slices of a chunk's size that cover 0..n."
+    for first in range(0, n, CHUNK):
+        yield slice(first, min(first + CHUNK, n))
 
 
 AHEAD = 2  # pieces that are averaged while another is used
@@ -271,19 +270,29 @@ def average_round(
     return {fold: pd.concat(pieces, ignore_index=True) for fold, pieces in tables.items()}
 
 # %% ../nbs/11_ensemble.ipynb #b53543db
+def out_of_fold(
+    ensemble: Ensemble,
+    train: Tiles,  # all train tiles
+    folds: np.ndarray,  # the fold of each
+) -> Iterator[tuple[int, Tiles, np.ndarray]]:  # fold, some of its tiles, their probabilities
+    "Predictions of the train tiles by networks that never saw them, piece by piece; tiles of folds without members are left out."
+    for fold in ensemble.folds:
+        own = train[folds == fold]
+        for rows, mean in averaged_ahead(lambda rows: ensemble.fold_mean(fold, own.ids[rows]), in_pieces(len(own))):
+            yield fold, own[rows], mean
+
+
 def score_out_of_fold(
     ensemble: Ensemble,
     train: Tiles,  # all train tiles
     folds: np.ndarray,  # the fold of each
 ) -> pd.DataFrame:  # id, fold, coverage_class, precision; tiles of folds without members are left out
     "Score each train tile by networks that never saw it."
-    tables = []
-    for fold in ensemble.folds:
-        own = train[np.flatnonzero(folds == fold)]
-        means = averaged_ahead(lambda rows: ensemble.fold_mean(fold, own.ids[rows]), in_pieces(len(own)))
-        precision = [precision_at_iou(mean > 0.5, own.masks[rows]) for rows, mean in means]
-        tables.append(pd.DataFrame({"id": own.ids, "fold": fold, "coverage_class": coverage_class(own.masks), "precision": np.concatenate(precision)}))
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(
+        [pd.DataFrame({"id": tiles.ids, "fold": fold, "coverage_class": coverage_class(tiles.masks), "precision": precision_at_iou(mean > 0.5, tiles.masks)}) for fold, tiles, mean in out_of_fold(ensemble, train, folds)],
+        ignore_index=True,
+    )
+
 
 # %% ../nbs/11_ensemble.ipynb #bd622c78
 def member_table(
@@ -306,7 +315,7 @@ def member_table(
     parts |= {("without", v): rest for v in voices if (rest := [other for other in voices if other != v])}
     precision = {part: [] for part in parts}
     for fold in ensemble.folds:
-        own = train[np.flatnonzero(folds == fold)]
+        own = train[folds == fold]
         read = lambda rows: {(g, m): ensemble.groups[g].members[fold][m][0].read(own.ids[rows]) for g, m in voices}
         for rows, probs in averaged_ahead(read, in_pieces(len(own))):  # each member is read once
             visible = ~np.isin(own.ids[rows], list(ensemble.black))[:, None, None]
@@ -345,18 +354,6 @@ def tile_disagreement(
         for rows, spread in averaged_ahead(lambda rows: disagreement(ensemble, fold, own[rows]).mean(axis=(1, 2)), in_pieces(len(own))):
             means |= zip(own[rows].tolist(), spread.tolist())
     return pd.Series(means, name="disagreement", dtype=float)
-
-
-def out_of_fold_pieces(
-    ensemble: Ensemble,
-    train: Tiles,  # all train tiles
-    folds: np.ndarray,  # the fold of each
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # probabilities and masks, as `metrics.calibration_curve` takes them
-    "Predictions of the train tiles by networks that never saw them, piece by piece."
-    for fold in ensemble.folds:
-        own = train[np.flatnonzero(folds == fold)]
-        for rows, mean in averaged_ahead(lambda rows: ensemble.fold_mean(fold, own.ids[rows]), in_pieces(len(own))):
-            yield mean, own.masks[rows]
 
 
 def scores_by_disagreement(

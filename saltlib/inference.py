@@ -298,10 +298,9 @@ def predict(
     flip: bool = True,  # mean with the prediction of the mirror image
     device: str | None = None,  # where to compute; None: where the model is
     precision: str = "auto",  # as in `saltlib.core.half_dtype`
-    batch_size: int | None = None,  # as in `Predictor`
 ) -> np.ndarray:  # probability of salt, float32 [N,101,101], 0..1
     "Salt probabilities of tiles. Sets the model to evaluation mode. `SaltError` for images that are not tiles."
-    return Predictor(model, model_name, len(images), flip, device, precision, batch_size).start(images)()
+    return Predictor(model, model_name, len(images), flip, device, precision).start(images)()
 
 # %% ../nbs/10_inference.ipynb #b8c67997
 def load_networks(
@@ -320,10 +319,9 @@ def predict_mean(
     images: np.ndarray,  # tiles, uint8 [N,101,101]
     model_name: str,
     device: str | None = None,  # as in `predict`
-    precision: str = "auto",
 ) -> np.ndarray:  # probability of salt, float32 [N,101,101], 0..1
     "Mean of the networks' probabilities, each the mean of the tile and its mirror image."
-    return sum(predict(network, images, model_name, device=device, precision=precision) / len(networks) for network in networks)
+    return sum(predict(network, images, model_name, device=device) / len(networks) for network in networks)
 
 # %% ../nbs/10_inference.ipynb #73b0bb69
 def predict_to_store(

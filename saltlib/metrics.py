@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['count_overlap', 'tile_iou', 'precision_at_iou', 'mean_ap', 'coverage_class', 'scores_by_class', 'bootstrap_interval',
-           'threshold_curve', 'boundary_error', 'count_bodies', 'error_table', 'calibration_curve', 'calibration_error']
+           'score', 'threshold_curve', 'boundary_error', 'count_bodies', 'error_table', 'calibration_curve',
+           'calibration_error']
 
 # %% ../nbs/04_metrics.ipynb #e4599296
 from collections.abc import Iterable
@@ -93,6 +94,15 @@ def bootstrap_interval(
     means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(n)]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def score(
+    precision: np.ndarray,  # float [N], of each tile; N at least 1
+) -> dict[str, float]:  # mAP, mAP_low, mAP_high
+    "The mean over tiles with its 95 % interval. `SaltError` without tiles."
+    low, high = bootstrap_interval(precision)
+    return {"mAP": float(np.mean(precision)), "mAP_low": float(low), "mAP_high": float(high)}
+
 
 # %% ../nbs/04_metrics.ipynb #3e7df978
 def threshold_curve(

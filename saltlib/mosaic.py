@@ -136,18 +136,17 @@ def nearest_rival(
     rest: np.ndarray,  # float32 [N], best similarity of each side outside these pairs
 ) -> np.ndarray:  # float32 [P]
     "For each pair the best similarity that its side has in any other pair."
-    order = np.lexsort((-similarity, side))
-    sorted_side = side[order]
-    starts = np.flatnonzero(np.diff(sorted_side, prepend=-1))
-    best, second = np.full(len(rest), -1, np.float32), rest.copy()
-    arg = np.full(len(rest), -1)
-    best[sorted_side[starts]], arg[sorted_side[starts]] = similarity[order[starts]], order[starts]
-    runner = starts + 1
-    runner = runner[(runner < len(order))]
-    runner = runner[sorted_side[runner] == sorted_side[runner - 1]]
-    at = sorted_side[runner]
-    second[at] = np.maximum(second[at], similarity[order[runner]])
-    return np.where(arg[side] == np.arange(len(side)), second[side], np.maximum(best[side], rest[side]))
+    order = np.lexsort((similarity, side))
+    top = order[np.diff(side[order], append=-1) != 0]  # the best pair of each side
+    others = np.ones(len(side), bool)
+    others[top] = False
+    second = rest.copy()
+    np.maximum.at(second, side[others], similarity[others])
+    best = second.copy()
+    np.maximum.at(best, side[top], similarity[top])
+    rival = best[side]
+    rival[top] = second[side[top]]
+    return rival
 
 
 def best_rivals(
@@ -475,13 +474,13 @@ def edge_disagreement(
     return share
 
 # %% ../nbs/03_mosaic.ipynb #3d8054b7
-WASH, FRAME, NOTHING = (230, 159, 0), (86, 180, 233), 255  # orange for salt, sky blue around train tiles, white where no tile is
+WASH, FRAME, NOTHING = (86, 180, 233), (0, 158, 115), 255  # sky blue for salt, green around train tiles, white where no tile is
 
 
 def draw_mosaic(
     grid: np.ndarray,  # from `assemble`
     images: np.ndarray,  # uint8 [N,101,101]
-    masks: np.ndarray | None = None,  # bool [M,101,101], of the first M tiles: salt, washed over in orange
+    masks: np.ndarray | None = None,  # bool [M,101,101], of the first M tiles: salt, washed over in blue
     framed: np.ndarray | None = None,  # bool [N]: tiles to frame, such as those whose masks are the truth
 ) -> np.ndarray:  # uint8 [101 rows, 101 columns, 3], RGB
     "The section that the tiles make."

@@ -24,10 +24,9 @@ DPI = 72
 
 def _chart(
     panels: int = 1,  # side by side
-    columns: int = 3,  # panels in a row at most
     width: float = 2.8,  # of a panel, inches
 ) -> tuple[plt.Figure, list]:
-    columns = min(columns, panels)
+    columns = min(3, panels)
     rows = -(-panels // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(width * columns, 2.5 * rows), dpi=DPI, layout="constrained", squeeze=False)
     for ax in axes.flat:
@@ -105,10 +104,9 @@ def plot_predictions(
     scores: np.ndarray,  # float [N], a score of each tile, 0..1
     threshold: float = 0.5,  # of the outline, 0..1
     spread: np.ndarray | None = None,  # standard deviation between networks [N,H,W], 0..0.5
-    columns: int = 6,  # tiles in a row
 ) -> plt.Figure:
     "Three pictures a tile, one below the other: the image, true and predicted outline on it, and the probability; a fourth for the spread, if it is given."
-    columns, blocks, deep = max(min(columns, len(images)), 1), max(1, -(-len(images) // columns)), 3 + (spread is not None)
+    columns, blocks, deep = max(min(6, len(images)), 1), max(1, -(-len(images) // 6)), 3 + (spread is not None)
     figure, axes = plt.subplots(deep * blocks, columns, figsize=(max(1.3 * columns + 0.6, 3), 1.35 * deep * blocks + 0.4), dpi=DPI, layout="constrained", squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
@@ -277,14 +275,13 @@ def plot_scores_by_class(
 def plot_threshold_curve(
     thresholds: np.ndarray,  # float [T], rising, 0..1
     mAP: np.ndarray,  # float [T]
-    chosen: float = 0.5,  # the threshold in use
 ) -> plt.Figure:
     "How the score depends on the probability above which a pixel counts as salt."
     thresholds, mAP = np.asarray(thresholds, dtype=float), np.asarray(mAP, dtype=float)
-    best, in_use = mAP.argmax(), float(np.interp(chosen, thresholds, mAP))
+    best, in_use = mAP.argmax(), float(np.interp(0.5, thresholds, mAP))
     figure, (ax,) = _chart(width=4.5)
     ax.plot(thresholds, mAP, color=PREDICTION, linewidth=1.6)
-    ax.plot(chosen, in_use, "o", color="black", markersize=5, label=f"in use: {chosen:g}, mAP {in_use:.3f}")
+    ax.plot(0.5, in_use, "o", color="black", markersize=5, label=f"in use: 0.5, mAP {in_use:.3f}")
     ax.plot(thresholds[best], mAP[best], "o", color="black", markerfacecolor="white", markersize=6, label=f"best here: {thresholds[best]:.2g}, mAP {mAP[best]:.3f}")
     ax.legend(fontsize=8, frameon=False)
     _label(ax, "Score by threshold", "probability above which a pixel counts as salt", "mAP")
@@ -297,7 +294,7 @@ def plot_calibration(
 ) -> plt.Figure:
     "How often pixels of each predicted probability are salt; and how many pixels there are."
     figure, (ax, counts) = _chart(2, width=3.4)
-    ax.plot([0, 1], [0, 1], color=OTHER, linewidth=1, linestyle="dotted", label="as good as its word")
+    ax.plot([0, 1], [0, 1], color=OTHER, linewidth=1, linestyle="dotted", label="perfect calibration")
     ax.plot(curve["probability"], curve["salt"], color=PREDICTION, marker="o", markersize=4, linewidth=1.6, label="this model")
     ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     ax.legend(fontsize=8, frameon=False)
@@ -306,7 +303,7 @@ def plot_calibration(
     counts.bar(edges[:-1], curve["pixels"].clip(lower=0.5), width=1 / len(curve), align="edge", color=OTHER, edgecolor="white")
     counts.set_yscale("log")
     counts.set_ylim(bottom=0.5)
-    _label(counts, "How often it says so", "predicted probability of salt", "pixels")
+    _label(counts, "Pixels by probability", "predicted probability of salt", "pixels")
     return figure
 
 # %% ../nbs/13_plots.ipynb #4409844e

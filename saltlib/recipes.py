@@ -157,7 +157,7 @@ class Phase(Strict):
         return self
 
     @model_serializer(mode="wrap")
-    def plain(self, fields: SerializerFunctionWrapHandler) -> dict:  # without what is not used and runs made before there was such a setting lack
+    def plain(self, fields: SerializerFunctionWrapHandler) -> dict:  # without unused settings that the records of older runs lack
         "The phase as it stands in recipes and records."
         unused = {name for name, used in (("predict_as", self.predict_as), ("repeat_train", self.repeat_train > 1)) if not used}
         return {k: v for k, v in fields(self).items() if k not in unused}

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['OpenStep', 'open_step', 'note_tiles', 'run_tiles', 'step_folds', 'split_fold', 'pseudo_label_file',
            'choose_for_phase', 'join_tiles', 'training_tiles', 'fit_settings', 'describe_training', 'best_and_worst',
-           'tiles_to_predict', 'print_tenths', 'round_ensemble', 'correct_by_mosaics', 'next_learners', 'count_choices',
-           'confidences_asked', 'run_records', 'score_table', 'mean_row', 'scores_by_place', 'compare_folds',
-           'run_histories', 'open_run', 'open_runs', 'different_settings', 'tile_scores', 'compare_scores',
-           'most_changed', 'open_ensemble', 'read_out_of_fold', 'read_predictions', 'check_same_tiles', 'blend_scores',
-           'blend_masks']
+           'score_line', 'tiles_to_predict', 'print_tenths', 'round_ensemble', 'correct_by_mosaics', 'next_learners',
+           'count_choices', 'confidences_asked', 'run_records', 'score_table', 'mean_row', 'scores_by_place',
+           'compare_folds', 'run_histories', 'open_run', 'open_runs', 'different_settings', 'tile_scores',
+           'compare_scores', 'most_changed', 'open_ensemble', 'read_out_of_fold', 'read_predictions',
+           'check_same_tiles', 'blend_scores', 'blend_masks']
 
 # %% ../nbs/15_steps.ipynb #c81d0f24
 import time
@@ -24,7 +24,7 @@ import pandas as pd
 from .core import RunRecord, SaltError, checksum, derive_seed, git_commit, pick_device, read_record, versions, write_atomic
 from .data import PredictionStore, Tiles, encode_masks, is_black, load_tiles, make_folds, read_folds, tile_checksums
 from .ensemble import Ensemble, Group, averaged_ahead, choose_pseudo_labels, decode_masks, in_pieces, read_ends, read_pseudo_labels, weighted_mean
-from .metrics import bootstrap_interval, precision_at_iou
+from .metrics import precision_at_iou, score
 from .mosaic import CLOSE, closest_known, mosaic_groups
 from .postprocess import correct_codes, find_sources, straight_masks, straight_rows
 from .recipes import Members, Phase, Recipe, Step, fold_file, fold_of, full_name, is_contaminated, previous_round, read_recipe, recipe_folder, recipe_steps, rules_in_use, step_arguments, step_folder, step_inputs
@@ -278,6 +278,18 @@ def best_and_worst(
     salty = ranked[masks[ranked].any(axis=(1, 2))]
     return salty[[-1, len(salty) // 2]][: len(salty)] if len(salty) else salty, ranked[:worst]
 
+
+def score_line(
+    scored: dict[str, float],  # of `metrics.score`
+    tiles: int,  # how many were scored
+    contaminated: bool,  # learned from labels of networks that saw them
+    remark: str = "",
+) -> str:
+    "A score as a notebook says it."
+    remarks = ", ".join(filter(None, [f"{tiles} tiles", remark, "CONTAMINATED" * contaminated]))
+    return f"mAP {scored['mAP']:.4f} (95 % interval {scored['mAP_low']:.4f} to {scored['mAP_high']:.4f}, {remarks})"
+
+
 # %% ../nbs/15_steps.ipynb #e51c0a07
 def tiles_to_predict(
     step: OpenStep,  # 'predict'
@@ -381,8 +393,8 @@ def mean_row(
     values: pd.Series,  # one a tile
 ) -> dict:  # tiles, mAP, low, high
     "A mean and its 95 % interval."
-    low, high = bootstrap_interval(values.to_numpy())
-    return {"tiles": len(values), "mAP": round(values.mean(), 4), "low": round(low, 4), "high": round(high, 4)}
+    mean, low, high = score(values.to_numpy()).values()
+    return {"tiles": len(values), "mAP": round(mean, 4), "low": round(low, 4), "high": round(high, 4)}
 
 
 def scores_by_place(

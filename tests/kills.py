@@ -21,7 +21,7 @@ import nbformat
 from test_clusters import SINGLE
 from test_runs import SALT, make_project, workers
 
-from saltlib.cli import status_rows
+from saltlib.running import status_rows
 from saltlib.core import SaltError, read_record
 from saltlib.recipes import read_recipe, recipe_steps, step_folder
 

@@ -12,10 +12,10 @@ import yaml
 from conftest import ROOT
 from test_runs import make_project, records, salt
 
-from saltlib.cli import run_members
 from saltlib.core import read_record
 from saltlib.data import PredictionStore
 from saltlib.ensemble import read_ends
+from saltlib.new_tiles import run_members
 from saltlib.recipes import is_contaminated, read_recipe, recipe_steps, step_folder
 
 PUBLISHED = ["id", "unique_pixels", "mask_pixels", "confidence"]

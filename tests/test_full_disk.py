@@ -140,7 +140,7 @@ def test_read_only_outputs_are_refused_at_once(tmp_path):
 def test_an_array_in_a_file(tmp_path):
     "Without room reserved, writing to it would end the process with SIGBUS."
     assert on_small_disk(tmp_path / "disk", "3m", """
-        from saltlib.cli import reserve
+        from saltlib.new_tiles import reserve
         np.lib.format.open_memmap(folder / "means.npy", "w+", np.float32, (200, 101, 101))
         with pytest.raises(SaltError, match="no room .No space left on device, 8 MiB.: make room"):
             reserve(str(folder / "means.npy"), "no room")

@@ -13,12 +13,12 @@ import torch
 from conftest import ROOT
 from test_published import stand_ins
 
-from saltlib import cli
-from saltlib.cli import find_members, predict_folder
+from saltlib import new_tiles
 from saltlib.core import SaltError
 from saltlib.data import read_rle_csv
 from saltlib.inference import predict
 from saltlib.models import create_model, save_weights
+from saltlib.new_tiles import Member, find_members, predict_folder
 from saltlib.published import load_published
 from saltlib.synthetic import cut_tiles, make_section
 
@@ -67,7 +67,7 @@ def test_a_tile_has_the_same_mask_in_any_company(tiles, tmp_path, monkeypatch):
     save_weights(network, tmp_path / "last.safetensors")
     probs = predict(network, images, "compact", device="cpu")
     low, high = 0.05, 0.52  # so 0.285 becomes 0.5
-    monkeypatch.setattr(cli, "find_members", lambda _: [cli.Member(tmp_path / "last.safetensors", "compact", "all", 1.0, (low, high))])
+    monkeypatch.setattr(new_tiles, "find_members", lambda _: [Member(tmp_path / "last.safetensors", "compact", "all", 1.0, (low, high))])
     predict_folder(folder, "", tmp_path / "all.csv", device="cpu")
     for k in range(1, 4):
         (folder / f"t{k}.png").unlink()

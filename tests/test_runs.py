@@ -20,11 +20,13 @@ import yaml
 from conftest import ROOT
 from filelock import FileLock
 
-from saltlib import cli
+from saltlib import running
+from saltlib.cli import show_status
 from saltlib.core import SaltError, checksum, read_record, seal
 from saltlib.data import PredictionStore, load_tiles, read_rle_csv, rle_decode
 from saltlib.inference import load_networks, predict_mean
 from saltlib.metrics import precision_at_iou
+from saltlib.new_tiles import run_members
 from saltlib.nursery import fork_kernel, nursery
 from saltlib.postprocess import find_sources, straight_masks, straight_rows
 from saltlib.recipes import read_recipe, recipe_steps, step_folder, write_recipe
@@ -429,40 +431,42 @@ def workers(project):
 def test_kernels_are_forked_but_for_a_cluster(tmp_path, monkeypatch, gpus, profile, forked):
     monkeypatch.chdir(make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=4))
     seen = []
-    monkeypatch.setattr(cli, "visible_gpus", lambda: gpus)
-    monkeypatch.setattr(cli, "watch", lambda *_: seen.append("SALT_NURSERY" in os.environ))
-    cli.run_recipe(cli.load_recipe("demo", None, []), profile=profile, quiet=True)
+    monkeypatch.setattr(running, "visible_gpus", lambda: gpus)
+    monkeypatch.setattr(running, "watch", lambda *_: seen.append("SALT_NURSERY" in os.environ))
+    running.run_recipe(running.load_recipe("demo", None, []), profile=profile, quiet=True)
     assert seen == [forked] and "SALT_NURSERY" not in os.environ
 
 
 def test_steps_share_a_gpu_if_asked_to(tmp_path, monkeypatch):
     monkeypatch.chdir(make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=4))
-    recipe, commands = cli.load_recipe("demo", None, []), []
-    monkeypatch.setattr(cli, "watch", lambda command, *_: commands.append(command))
-    monkeypatch.setattr(cli, "visible_gpus", lambda: ["0", "1"])
-    cli.run_recipe(recipe, per_gpu=3, quiet=True)
+    recipe, commands = running.load_recipe("demo", None, []), []
+    monkeypatch.setattr(running, "watch", lambda command, *_: commands.append(command))
+    monkeypatch.setattr(running, "visible_gpus", lambda: ["0", "1"])
+    running.run_recipe(recipe, per_gpu=3, quiet=True)
     assert commands[0][commands[0].index("--resources") + 1] == "gpu=6"
     shown = subprocess.run([*commands[0], "--dry-run", "--printshellcmds"], capture_output=True, text=True).stdout
     asked = re.findall(r"step .*? (train|predict) .* --per-gpu (\d)", shown)
     assert {kind for kind, _ in asked} == {"train", "predict"} and {n for _, n in asked} == {"3"}, shown
     with pytest.raises(SaltError, match="with --profile a cluster deals out its own"):
-        cli.run_recipe(recipe, per_gpu=3, profile="slurm", quiet=True)
-    monkeypatch.setattr(cli, "visible_gpus", lambda: [])
+        running.run_recipe(recipe, per_gpu=3, profile="slurm", quiet=True)
+    with pytest.raises(SaltError, match="--cores counts the cores of this machine, but with --profile"):
+        running.run_recipe(recipe, cores=2, profile="slurm", quiet=True)
+    monkeypatch.setattr(running, "visible_gpus", lambda: [])
     with pytest.raises(SaltError, match="this run has none: leave it out"):
-        cli.run_recipe(recipe, per_gpu=3, quiet=True)
+        running.run_recipe(recipe, per_gpu=3, quiet=True)
     assert len(commands) == 1
 
 
 def test_trainings_alone_end_with_the_round_before_predictions(tmp_path, monkeypatch):
     "Also where a phase of the next round needs none."
     monkeypatch.chdir(make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=4))
-    recipe = cli.load_recipe("demo", None, ["rounds.round2.phases.more={model: compact, start: round1/compact, epochs: 1, batch_size: 8, lr: 1e-3, loss: bce_dice}"])
+    recipe = running.load_recipe("demo", None, ["rounds.round2.phases.more={model: compact, start: round1/compact, epochs: 1, batch_size: 8, lr: 1e-3, loss: bce_dice}"])
     commands = []
-    monkeypatch.setattr(cli, "watch", lambda command, *_: commands.append(command))
-    cli.run_recipe(recipe, until="train", quiet=True)
+    monkeypatch.setattr(running, "watch", lambda command, *_: commands.append(command))
+    running.run_recipe(recipe, until="train", quiet=True)
     shown = subprocess.run([*commands[0], "--dry-run", "--printshellcmds"], capture_output=True, text=True).stdout
     asked = re.findall(r"step --recipe-file \S+ (\w+)(?: --round (\w+))?", shown)
-    assert sorted(asked) == [("prepare", ""), ("train", "round1"), ("train", "round1")] and [*map(str, cli.steps_until(recipe, "train"))][1:] == [f"train round1 compact fold {k}" for k in (0, 1)], shown
+    assert sorted(asked) == [("prepare", ""), ("train", "round1"), ("train", "round1")] and [*map(str, running.steps_until(recipe, "train"))][1:] == [f"train round1 compact fold {k}" for k in (0, 1)], shown
 
 
 def test_a_recipe_is_found_where_the_user_is(tmp_path, monkeypatch, capsys):
@@ -470,7 +474,7 @@ def test_a_recipe_is_found_where_the_user_is(tmp_path, monkeypatch, capsys):
     (project / "own").mkdir()
     shutil.copy(ROOT / "nbs/runs/recipes/demo.yaml", project / "own/mine.yaml")
     monkeypatch.chdir(project / "own")
-    assert not cli.show_status("mine.yaml") and "0 of 12 steps done" in capsys.readouterr().out
+    assert not show_status("mine.yaml") and "0 of 12 steps done" in capsys.readouterr().out
 
 
 def test_trainings_alone_need_the_folds_and_the_train_tiles(tmp_path):
@@ -527,7 +531,7 @@ def test_one_training_predicts_at_two_sizes_then_at_one(tmp_path):
     stored = lambda: PredictionStore(fold / "predict/predictions.zarr").read(tiles.ids)
     np.testing.assert_allclose(stored(), (at[96] + at[128]) / 2, atol=0.01)
     assert np.abs(at[96] - at[128]).max() > 0.02  # else this test could not tell them apart
-    assert [(member.model, member.weight) for member in cli.run_members(project / "outputs/compact")] == [("lite2_at_96", 0.5), ("lite2_at_128", 0.5)]
+    assert [(member.model, member.weight) for member in run_members(project / "outputs/compact")] == [("lite2_at_96", 0.5), ("lite2_at_128", 0.5)]
 
     refused = salt(project, *ask(""), check=False)
     assert refused.returncode and "fold0/predict was made with other settings" in refused.stderr and "predict_as" in refused.stderr

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from saltlib.cli import find_members
 from saltlib.inference import load_networks, predict_mean
+from saltlib.new_tiles import find_members
 from saltlib.plots import plot_section
 from saltlib.synthetic import cut_tiles, make_section
 
