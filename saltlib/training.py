@@ -199,12 +199,14 @@ def make_optimizer(
     name: str,  # 'adamw', 'rmsprop' or 'sgd'
     **settings,  # rmsprop: rho, eps, weight_decay; sgd: momentum, weight_decay
 ) -> OptimWrapper:
-    "A torch optimizer for fastai's Learner."
+    "A torch optimizer for fastai's Learner. `SaltError` for another name."
     if name == "adamw":
         return OptimWrapper(params, opt=torch.optim.AdamW, lr=lr, fused=True)
     if name == "rmsprop":
         return OptimWrapper(params, opt=torch.optim.RMSprop, lr=lr, alpha=settings["rho"], eps=settings["eps"], weight_decay=settings["weight_decay"])
-    return OptimWrapper(params, opt=torch.optim.SGD, lr=lr, **settings)
+    if name == "sgd":
+        return OptimWrapper(params, opt=torch.optim.SGD, lr=lr, **settings)
+    raise SaltError(f"Optimizer {name!r} is unknown: choose 'adamw', 'rmsprop' or 'sgd'.")
 
 # %% ../nbs/09_training.ipynb #f9763813
 def cosine_rate(
