@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FOLLOWS', 'check_parameters', 'say', 'LabelledLines', 'execute_notebook', 'hold', 'holder', 'hold_gpu', 'run_step',
-           'Progress', 'interrupt_all', 'watch', 'find_recipe', 'load_recipe', 'outdated_steps', 'steps_until',
-           'count_tiles', 'training_passes', 'measured_rates', 'expected_cost', 'notebook_error', 'status_rows',
-           'find_profile', 'clear_outdated', 'report_page', 'snakemake_command', 'make_progress', 'print_outcome',
-           'run_recipe']
+           'Progress', 'interrupt_all', 'watch', 'find_recipe', 'from_root', 'load_recipe', 'outdated_steps',
+           'steps_until', 'count_tiles', 'training_passes', 'measured_rates', 'expected_cost', 'notebook_error',
+           'status_rows', 'find_profile', 'report_page', 'clear_outdated', 'snakemake_command', 'make_progress',
+           'print_outcome', 'run_recipe']
 
 # %% ../nbs/18_running.ipynb #e3e2b213
 import contextlib, fcntl, io, os, re, shutil, signal, socket, subprocess, sys, tempfile, time
@@ -285,6 +285,15 @@ def find_recipe(
     raise SaltError(f"There is no recipe {name}: give a YAML file or one of {', '.join(sorted(p.stem for p in recipes.glob('*.yaml')))}.")
 
 
+def from_root(
+    path: Path,
+    root: Path,  # the project's top folder, in which notebooks are executed
+) -> str:
+    "How a notebook is told of a path: briefly, if it is in the project."
+    path = path.resolve()
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
+
+
 def load_recipe(
     name: str,  # as in `find_recipe`
     data: str | None,  # data folder instead of the recipe's
@@ -293,8 +302,7 @@ def load_recipe(
     "The recipe with its changes, its data folder seen from the project's top."
     recipe = read_recipe(find_recipe(name), changes)
     if data is not None:
-        folder, root = Path(data).resolve(), project_root()
-        recipe = recipe.model_copy(update={"data": str(folder.relative_to(root) if folder.is_relative_to(root) else folder)})
+        recipe = recipe.model_copy(update={"data": from_root(Path(data), project_root())})
     return recipe
 
 # %% ../nbs/18_running.ipynb #b72d4e04
@@ -443,7 +451,6 @@ def status_rows(
             rows.append((str(step), "missing", ""))
     return rows
 
-
 # %% ../nbs/18_running.ipynb #b72d4e0a
 def find_profile(
     name: str,  # in nbs/runs/profiles, or a folder of your own
@@ -454,6 +461,14 @@ def find_profile(
         if (path / "config.yaml").is_file():
             return path.resolve()
     raise SaltError(f"There is no profile {name}: give a folder with a config.yaml or one of {', '.join(sorted(p.name for p in profiles.iterdir()))}.")
+
+
+def report_page(
+    recipe: Recipe,
+    outputs: Path,
+) -> Path:
+    "The report as HTML, which Snakemake makes from the executed notebook; it is no step."
+    return step_folder(recipe, Step("report"), outputs) / "report.html"
 
 
 def clear_outdated(
@@ -476,14 +491,6 @@ def clear_outdated(
         (recipe_folder(recipe, outputs) / "submission.csv").unlink(missing_ok=True)  # the report puts it there again; each ensemble keeps its own
 
 
-def report_page(
-    recipe: Recipe,
-    outputs: Path,
-) -> Path:
-    "The report as HTML, which Snakemake makes from the executed notebook; it is no step."
-    return step_folder(recipe, Step("report"), outputs) / "report.html"
-
-
 def snakemake_command(
     recipe: Recipe,
     outputs: Path,
@@ -492,12 +499,12 @@ def snakemake_command(
     cores: int,  # CPU cores to use
     gpus: int,  # of this machine
     per_gpu: int,  # trainings and predictions that share one
+    use_gpu: bool,  # will trainings and predictions run on GPUs?
 ) -> list[str]:
     "What runs the missing steps of a recipe."
     folder = recipe_folder(recipe, outputs)
     # A cluster's scheduler deals out GPUs and cores. Here, each GPU has so many steps at a time; on a CPU the trainings that can be at work together share the cores.
     where = ["--profile", str(profile)] if profile else ["--cores", str(cores), "--resources", f"gpu={gpus * per_gpu}"]
-    use_gpu = recipe.device != "cpu" and bool(profile or gpus)
     # A step that was at work when Snakemake was killed may have come to its end since; its record, written last, says so: --ignore-incomplete.
     return [
         sys.executable, "-m", "snakemake", *(str((step_folder(recipe, step, outputs) / "record.json").relative_to(folder)) for step in targets),
@@ -552,6 +559,7 @@ def run_recipe(
     outputs = Path("outputs")
     folder, prepare = recipe_folder(recipe, outputs), step_folder(recipe, Step("prepare"), outputs)
     gpus = 0 if recipe.device == "cpu" else len(visible_gpus())
+    use_gpu = recipe.device != "cpu" and bool(cluster or gpus)
     if per_gpu > 1 and (cluster or not gpus):
         raise SaltError("--per-gpu shares the GPUs of this machine, " + ("but with --profile a cluster deals out its own." if cluster else "but this run has none: leave it out."))
     if cores and cluster:
@@ -563,7 +571,7 @@ def run_recipe(
     if dry_run:
         outdated = outdated_steps(recipe, outputs)
         steps = [step for step in outdated if step in wanted]
-        cost = expected_cost(recipe, steps, outputs, recipe.device != "cpu" and bool(cluster or gpus)) if steps else ()
+        cost = expected_cost(recipe, steps, outputs, use_gpu) if steps else ()
         print(*filter(None, outdated.values()), *steps, f"{len(steps)} of {len(recipe_steps(recipe))} steps would run.", *cost, sep="\n")
         return
     from saltlib.nursery import nursery
@@ -579,7 +587,7 @@ def run_recipe(
             print(*filter(None, outdated.values()), f"{recipe.name}: {len(steps)} of {len(recipe_steps(recipe))} steps to run, results in {folder}/", sep="\n", flush=True)
         clear_outdated(recipe, outdated, outputs)
         if steps or not (until or report_page(recipe, outputs).exists()):
-            command = snakemake_command(recipe, outputs, wanted if until else [], cluster, cores or usable_cores(), gpus, per_gpu)
+            command = snakemake_command(recipe, outputs, wanted if until else [], cluster, cores or usable_cores(), gpus, per_gpu, use_gpu)
             with contextlib.nullcontext() if cluster or sys.platform != "linux" else nursery():
                 # Snakemake inherits the lock: as long as it works, also after this process was killed, no other run begins.
                 status = watch(command, [lock.fileno()], make_progress(recipe, steps, outputs), quiet, verbose)

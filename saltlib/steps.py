@@ -6,9 +6,9 @@
 __all__ = ['OpenStep', 'open_step', 'note_tiles', 'run_tiles', 'step_folds', 'split_fold', 'pseudo_label_file',
            'choose_for_phase', 'join_tiles', 'training_tiles', 'fit_settings', 'describe_training', 'best_and_worst',
            'score_line', 'tiles_to_predict', 'print_tenths', 'round_ensemble', 'correct_by_mosaics', 'next_learners',
-           'count_choices', 'confidences_asked', 'run_records', 'score_table', 'mean_row', 'scores_by_place',
-           'compare_folds', 'run_histories', 'open_run', 'open_runs', 'different_settings', 'tile_scores',
-           'compare_scores', 'most_changed', 'open_ensemble', 'read_out_of_fold', 'read_predictions',
+           'count_choices', 'choice_lines', 'confidences_asked', 'run_records', 'score_table', 'mean_row',
+           'scores_by_place', 'compare_folds', 'run_histories', 'open_run', 'open_runs', 'different_settings',
+           'tile_scores', 'compare_scores', 'most_changed', 'open_ensemble', 'read_out_of_fold', 'read_predictions',
            'check_same_tiles', 'blend_scores', 'blend_masks']
 
 # %% ../nbs/15_steps.ipynb #c81d0f24
@@ -360,6 +360,14 @@ def count_choices(
         chosen = {fold: choose_for_phase(recipe, round, phase, fold, tables.get(fold, tables[None])).sum() for fold in folds}
         counts[phase] = {"all folds" if fold is None else f"fold {fold}": n for fold, n in chosen.items()}
     return pd.DataFrame.from_dict(counts, orient="index")
+
+
+def choice_lines(
+    counts: pd.DataFrame,  # of `count_choices`
+) -> str:  # a line a phase
+    "The same in words, for the terminal."
+    lines = [f"{phase} of the next round will choose pseudo-labels: " + ", ".join(f"{fold} {n:.0f}" for fold, n in row.dropna().items()) for phase, row in counts.iterrows()]
+    return "\n".join(lines) or "No phase of a next round learns from these pseudo-labels."
 
 
 def confidences_asked(
