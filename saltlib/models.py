@@ -600,4 +600,4 @@ def load_weights(
     try:
         network.load_state_dict(safetensors.torch.load(Path(path).read_bytes()))
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-        raise SaltError(f"{path} does not hold weights of this network ({str(error).splitlines()[0]}): repeat the training that writes it.") from None
+        raise SaltError(f"{path} does not hold weights of this network ({str(error).splitlines()[0]}): repeat the training that writes it, or name the network that it belongs to.") from None

@@ -75,12 +75,12 @@ def run_members(
 
 
 def find_members(
-    models: str | Path,  # a run's folder, or a folder with the released files
+    models: str | Path,  # a run's folder or its name in outputs, or a folder with the released files
 ) -> list[Member]:
     "The networks to predict with. `SaltError` if there are none."
-    models = Path(models)
+    models = next((folder for folder in (Path(models), Path("outputs") / models) if folder.is_dir()), Path(models))
     if not models.is_dir():
-        raise SaltError(f"There is no folder {models}: give that of a run, such as outputs/compact, or one with released files.")
+        raise SaltError(f"There is no folder {models}: give that of a run, such as outputs/compact, its name, or one with released files.")
     members = run_members(models) if (models / "recipe.yaml").exists() else published_members(models)
     if not members:
         raise SaltError(

@@ -6,11 +6,11 @@
 __all__ = ['FOLLOWS', 'check_parameters', 'say', 'LabelledLines', 'execute_notebook', 'hold', 'holder', 'hold_gpu', 'run_step',
            'Progress', 'interrupt_all', 'watch', 'find_recipe', 'from_root', 'load_recipe', 'outdated_steps',
            'steps_until', 'count_tiles', 'training_passes', 'measured_rates', 'expected_cost', 'notebook_error',
-           'status_rows', 'find_profile', 'report_page', 'clear_outdated', 'snakemake_command', 'make_progress',
-           'print_outcome', 'run_recipe']
+           'training_progress', 'status_rows', 'find_profile', 'report_page', 'clear_outdated', 'snakemake_command',
+           'make_progress', 'print_outcome', 'run_recipe']
 
 # %% ../nbs/18_running.ipynb #e3e2b213
-import contextlib, fcntl, io, os, re, shutil, signal, socket, subprocess, sys, tempfile, time
+import contextlib, csv, fcntl, io, os, re, shutil, signal, socket, subprocess, sys, tempfile, time
 from collections import Counter, deque
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -106,7 +106,7 @@ def hold(
         print(f"{what} is at work already ({file.read() or 'just started'}); waiting for it to end.", flush=True)
         fcntl.flock(file, fcntl.LOCK_EX)
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.write(f"begun by process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     return file
 
@@ -426,10 +426,23 @@ def notebook_error(
     return None
 
 
+def training_progress(
+    folder: Path,  # of a train step at work
+    epochs: int,  # at most
+) -> str:  # '' before its first epoch is done
+    "How far a training has come."
+    history, lock = folder / "history.csv", folder / ".lock"
+    if not history.exists() or history.stat().st_mtime < lock.stat().st_mtime:  # of an earlier training
+        return ""
+    with open(history) as file:
+        rows = list(csv.DictReader(file))
+    return f", {len(rows)} of at most {epochs} epochs, mAP {float(rows[-1]['mAP']):.4f}, {float(rows[-1]['seconds']):.0f} s an epoch"
+
+
 def status_rows(
     recipe: Recipe,
     outputs: Path,
-) -> list[tuple[str, str, str]]:  # step; 'done', 'running', 'failed' or 'missing'; figures, who is at work, or the error and the notebook
+) -> list[tuple[str, str, str]]:  # step; 'done', 'running', 'failed' or 'missing'; figures, who is at work and how far, or the error and the notebook
     "Where each step of the recipe stands."
     rows = []
     for step in recipe_steps(recipe):
@@ -444,7 +457,8 @@ def status_rows(
             figures = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record["metrics"].items())
             rows.append((str(step), "done", f"{figures} ({record['seconds']:.0f} s)"))
         elif worker := holder(folder / ".lock"):
-            rows.append((str(step), "running", worker))
+            progress = training_progress(folder, recipe.rounds[step.round].phases[step.phase].total_epochs) if step.kind == "train" else ""
+            rows.append((str(step), "running", worker + progress))
         elif error := notebook_error(notebook):
             rows.append((str(step), "failed", f"{error} [{notebook}]"))
         else:

@@ -27,7 +27,7 @@ from .ensemble import Ensemble, Group, averaged_ahead, choose_pseudo_labels, dec
 from .metrics import precision_at_iou, score
 from .mosaic import CLOSE, closest_known, mosaic_groups
 from .postprocess import correct_codes, find_sources, straight_masks, straight_rows
-from .recipes import Members, Phase, Recipe, Step, fold_file, fold_of, full_name, is_contaminated, previous_round, read_recipe, recipe_folder, recipe_steps, rules_in_use, step_arguments, step_folder, step_inputs
+from .recipes import Members, Phase, Recipe, Step, flat_settings, fold_file, fold_of, full_name, is_contaminated, previous_round, read_recipe, recipe_folder, recipe_steps, rules_in_use, step_arguments, step_folder, step_inputs
 from .synthetic import make_tiles
 
 # %% ../nbs/15_steps.ipynb #ab82d517
@@ -249,6 +249,9 @@ def describe_training(
     own |= {"skip_easy": settings["skip_easy"]} if settings["skip_easy"] else {}
     start = settings["start"] if isinstance(settings["start"], str) else settings["start"].relative_to(step.outputs)
     data = "synthetic" if step.phase.synthetic else step.phase.data + (f", train {step.phase.repeat_train} times" if step.phase.repeat_train > 1 else "")
+    if step.phase.pseudo:
+        known = pd.read_csv(step.folder_of("prepare") / "folds.csv", dtype={"id": str})["id"]
+        data += f", {np.isin(train.ids, known, invert=True).sum()} with pseudo-labels"
     topics = {
         "step": f"{step.recipe.name}: {step.step}",
         "network": f"{settings['model']} from {start}",
@@ -455,7 +458,8 @@ def open_run(
     "A finished run, to be read. `SaltError` if it is not there, its last round has no ensemble yet, or that one's results are damaged."
     folder = Path(run) if (Path(run) / "recipe.yaml").is_file() else Path(outputs) / run
     if not (folder / "recipe.yaml").is_file():
-        raise SaltError(f"There is no run {run}: give the name of a folder in {outputs}, or a run's folder (with recipe.yaml).")
+        there = ", ".join(sorted(file.parent.name for file in Path(outputs).glob("*/recipe.yaml"))) or "none yet"
+        raise SaltError(f"There is no run {run}: give a run's folder (with recipe.yaml), or the name of one in {outputs} ({there}).")
     recipe = read_recipe(folder / "recipe.yaml").model_copy(update={"name": folder.name})  # a copy of a run may have another name
     step = Step("ensemble", list(recipe.rounds)[-1])
     if read_record(place := step_folder(recipe, step, folder.parent), verify=True) is None:
@@ -478,12 +482,7 @@ def different_settings(
     runs: dict[str, OpenStep],  # of `open_runs`
 ) -> pd.DataFrame:  # a row a setting that differs, a column a run; '' where a run has no such setting
     "What was set differently."
-    def flat(node, path: str) -> dict[str, str]:
-        if not isinstance(node, dict):
-            return {path: str(node)}
-        return {key: value for name, part in node.items() for key, value in flat(part, f"{path}.{name}".lstrip(".")).items()}
-
-    table = pd.DataFrame({name: flat(run.recipe.model_dump(mode="json", exclude={"name"}), "") for name, run in runs.items()}).fillna("")
+    table = pd.DataFrame({name: flat_settings(run.recipe.model_dump(mode="json", exclude={"name"})) for name, run in runs.items()}).fillna("")
     return table[table.nunique(axis=1) > 1]
 
 # %% ../nbs/15_steps.ipynb #0379102b

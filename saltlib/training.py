@@ -331,14 +331,16 @@ class Checkpoint(Callback):
     def __init__(self, folder: Path, settings: dict, history: History, cycle: int | None, scaler: dict | None):  # scaler: of fp16's loss, where to go on
         self.folder, self.settings, self.history, self.cycle, self.scaler, self.written = folder, settings, history, cycle, scaler, len(history.rows)
 
-    def keep_copies(self):
+    def keep(self):
         for name in copies_to_keep(self.history.rows, self.cycle):
             save_weights(self.model, self.folder / "weights" / f"{name}.safetensors")
+        if self.history.rows:
+            write_atomic(self.folder / "history.csv", pd.DataFrame(self.history.rows).to_csv(index=False))
 
     def before_fit(self):
         if self.scaler:
             self.learn.scaler.load_state_dict(self.scaler)
-        self.keep_copies()  # of the epoch after which an interrupted training goes on
+        self.keep()  # what belongs to the epoch after which an interrupted training goes on
 
     def after_epoch(self):
         if len(self.history.rows) == self.written:  # skipped: it was done before the interruption
@@ -354,7 +356,7 @@ class Checkpoint(Callback):
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomic(self.folder / "checkpoint.pt", buffer.getvalue())
-        self.keep_copies()
+        self.keep()
         print("epoch {epoch:3d}  train {train_loss:.4f}  valid {valid_loss:.4f}  mAP {mAP:.4f}  lr {lr:.1e}  {tiles_per_second:.0f} tiles/s  {seconds:.0f} s".format(**self.history.rows[-1]), flush=True)
 
 # %% ../nbs/09_training.ipynb #701d124b
@@ -399,7 +401,14 @@ def fit_phase(
     clip: float | None = None,  # largest norm of the gradient
     device: str = "auto",
 ) -> pd.DataFrame:  # the history: epoch, train_loss, valid_loss, mAP, lr, tiles_per_second and, of that time, the share spent waiting for tiles, seconds
-    "Train a network, going on from the last finished epoch if `folder` holds a checkpoint."
+    "Train a network, going on from the last finished epoch if `folder` holds a checkpoint. `SaltError` if there are no tiles with masks, no such loss, augmentation, schedule, optimizer, weights or device, the checkpoint is of other settings, or the loss becomes no number."
+    for kind, name, known in (("loss", loss, LOSSES), ("augmentation", augment, AUGMENTATIONS), ("schedule", schedule["name"], ("one_cycle", "cosine", "plateau"))):
+        if name not in known:
+            raise SaltError(f"There is no {kind} {name!r}: choose one of {', '.join(known)}.")
+    if epochs < 1 or any(tiles.masks is None or not len(tiles) for tiles in (train, valid)):
+        raise SaltError(f"A training needs an epoch, tiles with masks to learn from and such to be scored on, not {epochs} epochs of {len(train)} tiles {'with' if train.masks is not None else 'without'} masks, scored on {len(valid)} {'with' if valid.masks is not None else 'without'}.")
+    if start not in ("imagenet", "scratch") and not Path(start).is_file():
+        raise SaltError(f"There are no weights {start} to start from: give 'imagenet', 'scratch', or a file that a training has left.")
     folder, where = Path(folder), pick_device(device)
     settings = {
         "model": model, "start": start if start in ("imagenet", "scratch") else checksum(start), "loss": loss, "augment": augment, "epochs": epochs,
@@ -447,7 +456,5 @@ def fit_phase(
         for callback in half:
             if isinstance(callback, Bfloat16):
                 callback.leave()
-    table = pd.DataFrame(history.rows)
     save_weights(network, folder / "weights" / "last.safetensors")
-    write_atomic(folder / "history.csv", table.to_csv(index=False))
-    return table
+    return pd.DataFrame(history.rows)

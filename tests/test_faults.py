@@ -272,7 +272,7 @@ def test_a_second_run_waits_and_names_the_first_and_a_killed_one_holds_nothing(t
     assert hold(tmp_path / "project/outputs/other/.lock", "A run of other", wait=False)  # another recipe does not wait
     second = subprocess.Popen([*SALT, "run", "single.yaml"], cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        assert second.stdout.readline() == f"A run of single is at work already (process {first.pid} on {socket.gethostname()}); waiting for it to end.\n"
+        assert second.stdout.readline() == f"A run of single is at work already (begun by process {first.pid} on {socket.gethostname()}); waiting for it to end.\n"
         first.send_signal(signal.SIGKILL)
         assert "data/demo: " in second.communicate(timeout=60)[1] and second.returncode == 1  # its turn: there are no data
     finally:

@@ -138,7 +138,7 @@ def test_submission_and_report(finished):
 def test_the_networks_of_a_run_mask_a_folder_of_tiles(finished, tmp_path):
     project, _ = finished
     out = tmp_path / "again.csv"
-    salt(project, "predict", "--images", project / "data/demo/test/images", "--models", project / "outputs/demo", "--out", out, "--device", "cpu")
+    salt(project, "predict", "--images", project / "data/demo/test/images", "--models", "demo", "--out", out, "--device", "cpu")
     answers = [pd.read_csv(p, dtype=str, keep_default_na=False) for p in (project / "outputs/demo/submission.csv", out)]
     assert list(answers[0]["id"]) == list(answers[1]["id"])
     masks = [np.array([rle_decode(rle) for rle in a["rle_mask"]]) for a in answers]
@@ -248,6 +248,7 @@ def test_pseudo_labels_of_a_fold_come_from_its_own_models(finished):
         alone = json.loads((run / f"round1/compact/fold{fold}/train/record.json").read_text())
         chosen = not_black & (table["confidence"] >= 0.5)
         assert learned["metrics"]["tiles"] == alone["metrics"]["tiles"] + chosen.sum()
+        assert f"(train+pseudo, {chosen.sum()} with pseudo-labels)" in (run / f"round2/compact/fold{fold}/train/train.ipynb").read_text()
         assert "contaminated" not in learned["metrics"]
 
 
@@ -367,6 +368,20 @@ def test_status_of_a_finished_run(finished):
     project, _ = finished
     done = salt(project, "status", "demo")
     assert "12 of 12 steps done" in done.stdout and "missing" not in done.stdout
+    (run,) = (line for line in salt(project, "status").stdout.splitlines() if "demo" in line)
+    score = read_record(project / "outputs/demo/round2/ensemble")["metrics"]["mAP"]
+    assert f"12 of 12 steps done; ensemble round2: mAP {score:.4g}" in run and "done" in run.split("│")[2]
+
+
+def test_a_damaged_run_hides_no_other(tmp_path):
+    (tmp_path / "nbs").symlink_to(ROOT / "nbs")
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    assert "0 runs in" in salt(tmp_path, "status").stdout
+    for name, text in {"broken": "name: [", "mine": (ROOT / "nbs/runs/recipes/demo.yaml").read_text()}.items():
+        (tmp_path / "outputs" / name).mkdir(parents=True)
+        (tmp_path / "outputs" / name / "recipe.yaml").write_text(text)
+    lines = salt(tmp_path, "status").stdout.splitlines()
+    assert "2 runs in" in lines[0] and any("mine" in line and "0 of 12 steps done" in line for line in lines) and any("could not be read as YAML" in line for line in lines)
 
 
 def test_other_settings_are_refused_and_change_nothing(finished):
