@@ -71,9 +71,9 @@ def test_up_stays_up(tiles, name):
     assert all(tile[:30].mean() < tile[-30:].mean() for tile, *_ in (data[0, number, 0] for number in range(100)))
 
 
-@pytest.mark.parametrize("name, shares", [("bes", [0.5, 0.2, 0.1, 0.7]), ("phalanx", [0.5, 0.5, 0.5])])
-def test_published_shares(name, shares):
-    "How many of 2,000 tiles each part of a set changes (method, section 5); tiles of noise, which any change shows in."
+@pytest.mark.parametrize("name, shares", [("bes", [0.5, 0.2, 0.1, 0.7]), ("phalanx", [0.5, 0.5, 0.5]), ("light", [0.5, 0.7, 0.5]), ("wide", [0.5, 0.8, 0.6])])
+def test_shares(name, shares):
+    "How many of 2,000 tiles each part of a set changes, of the published ones as often as published (method, section 5); tiles of noise, which any change shows in."
     image = np.random.default_rng(0).integers(60, 180, (101, 101), dtype=np.uint8)
     parts = AUGMENTATIONS[name]().transforms
     changed = [np.mean([not np.array_equal(image, tile) for tile, _ in draw(part, image, n=2000)]) for part in parts]
@@ -105,6 +105,21 @@ def test_bes_geometry():
     assert np.allclose(scale, matrices[:, 1, 1]) and np.allclose(matrices[:, [0, 1], [1, 0]], 0)
     assert 0.4 <= scale.min() < 0.42 and 1.58 < scale.max() <= 1.6
     assert np.allclose([shift.min(), shift.max()], [-16, 16])
+
+
+@pytest.mark.parametrize("name, low, high, shift", [("light", 0.9, 1.1, 6), ("wide", 0.8, 1.25, 10)])
+def test_sets_for_small_networks(name, low, high, shift):
+    "How far tiles are scaled and moved, and their grey values multiplied."
+    (affine,), image = parts(name, A.Affine), np.full((101, 101), 100, np.uint8)
+    matrices = []
+    for seed in range(400):
+        seed_transform(A.Compose([affine]), seed)(image=image)
+        matrices.append(affine.params["matrix"])
+    scale, moved = np.sqrt(np.linalg.det(np.array(matrices)[:, :2, :2])), np.array(matrices)[:, :2] @ [50, 50, 1] - 50
+    assert low <= scale.min() < low + 0.02 and high - 0.02 < scale.max() <= high
+    assert np.allclose([moved.min(), moved.max()], [-shift, shift])
+    greys = [int(tile[50, 50]) for tile, _ in draw(parts(name, A.ColorJitter)[0], image)]
+    assert np.abs(np.subtract([min(greys), max(greys)], {"light": [90, 110], "wide": [88, 112]}[name])).max() <= 1
 
 
 @pytest.mark.parametrize("name, kind", [("bes", "scale"), ("phalanx", "rotate")])

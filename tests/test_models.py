@@ -201,6 +201,11 @@ def test_imagenet_start_from_a_folder_or_a_file(name, encoder, tmp_path, monkeyp
         state = create_model(name, pretrained=True).state_dict()
         deep = next(value for key, value in state.items() if key.endswith(("encoder.layer4.2.conv2.weight", "stages.3.2.conv2.weight")))
         assert torch.equal(deep, weights["layer4.2.conv2.weight"])
+        if name == "bes_resnext50":  # torchvision's transform, in grey values of 0 to 255
+            assert torch.allclose(state["input_norm.running_mean"], torch.tensor([123.675, 116.28, 103.53]))
+            assert torch.allclose(state["input_norm.running_var"].sqrt(), torch.tensor([58.395, 57.12, 57.375]))
+        if name == "phalanx_v4":
+            assert torch.equal(state["trunk.stem.0.weight"], weights["conv1.weight"])
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 64]) + whole[len(whole) // 2 + 1 :])
     with pytest.raises(SaltError, match=f"{path.name}, named by SALT_ENCODER_DIR, is missing, damaged"):
