@@ -98,7 +98,7 @@ def seed_transform(
 
 # %% ../nbs/06_augment.ipynb #888f36ac
 class EpochSampler(Sampler):
-    "Batches of keys (epoch, draw, row) for `TileDataset`; the order is a function of seed, epoch and `easy`."
+    "Batches of keys (epoch, draw, row) for `TileDataset`; the order is a function of seed, epoch and `easy`. `SaltError` if there are fewer than two tiles."
 
     def __init__(
         self,

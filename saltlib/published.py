@@ -197,7 +197,7 @@ def keras_sources(
 def keras_tensors(
     file: h5py.File,  # written by Keras' save_weights
 ) -> dict[str, h5py.Dataset]:  # 'layer/weight:0' -> its numbers, not read yet
-    "The weights of all layers that have any."
+    "The weights of all layers that have any. `SaltError` if names or numbers are not stored as Keras does."
     def names(node, key):
         stored = node.attrs.get_id(key)
         if stored.dtype.kind != "S" and 0 not in stored.shape:  # as h5py 2 wrote them; damaged ones of variable length HDF5 can read for ever
@@ -221,7 +221,7 @@ def load_bes(
     model: nn.Module,  # BesResNeXt50, changed in place
     path: str | Path,  # a .hdf5 file
 ) -> None:
-    "Fill bes from a released Keras file. Shapes are compared before any array is read."
+    "Fill bes from a released Keras file. Shapes are compared before any array is read. `SaltError` as `keras_tensors`, or if layers are missing or of other shapes."
     try:
         with h5py.File(path) as file:
             fill(model, keras_sources(model), keras_tensors(file), set(), path)

@@ -1,5 +1,6 @@
 """The versions in settings.ini, the lock file, conda's and Docker's files cannot drift apart; set-up and CI do what they say."""
 
+import ast
 import os
 import re
 import shutil
@@ -151,6 +152,18 @@ def test_drift_is_found(tmp_path, file, old, new, problem):
     assert count, f"{file} has no {old}"
     (tmp_path / file).write_text(text)
     assert any(problem in p for p in drift(tmp_path))
+
+
+def test_every_package_that_the_code_imports_is_asked_for():
+    "Not only because another one brings it along."
+    asked = {canonicalize_name(Requirement(r).name) for r in settings(ROOT)["requirements"].split()}
+    nodes = [node for path in (ROOT / "saltlib").glob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    imported = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"saltlib"}
+    owners = metadata.packages_distributions()
+    assert {"torch", "cv2", "rich"} <= imported
+    assert [name for name in sorted(imported) if not {canonicalize_name(owner) for owner in owners.get(name, [])} & asked] == []
 
 
 def test_environment_is_the_locked_one():
