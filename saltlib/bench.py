@@ -264,7 +264,7 @@ def run_bench(
     quick: bool = False,  # a few tiles of each: right or wrong, but no figures to rely on
     scale: bool = False,  # instead, how time and memory grow with the tiles: once, 4 and 16 times as many
     tell: Callable[[str], None] = lambda line: None,  # gets a line for each piece of work that is done
-) -> dict:  # 'machine': what was measured on; 'rows': as `bench_prediction`, `bench_training` and `bench_around` give them
+) -> dict:  # 'machine': what was measured on; 'quick'; 'rows': as `bench_prediction`, `bench_training` and `bench_around` give them
     "Measure this machine; some minutes."
     device = pick_device("auto")
     roof = matmul_gflops(device, *((256, 0.05) if quick else ()))
@@ -289,10 +289,10 @@ def run_bench(
             done(bench_training(name, bench_tiles(batch_size if quick else 2048 if on_gpu else 256), batch_size, device, roof))
         done(*bench_around(bench_tiles(64 if quick else 4000), members=2 if quick else 10))
     machine = {
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(), "cores": usable_cores(),
+        "kind": device.type, "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(), "cores": usable_cores(),
         "precision": str(half_dtype(device) or torch.float32).removeprefix("torch."), "matmul_gflops": roof, "torch": torch.__version__,
     }
-    return {"machine": machine, "rows": rows}
+    return {"machine": machine, "quick": quick, "rows": rows}
 
 
 def bench_table(

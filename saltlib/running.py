@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from .core import SaltError, changed_files, checksum, project_root, read_record, runs_folder, usable_cores, visible_gpus, write_atomic
+from .core import SaltError, changed_files, checksum, project_root, read_json, read_record, runs_folder, usable_cores, visible_gpus, write_atomic
 from .data import refuse_bad_data
 from .recipes import Recipe, Step, check_settings, read_recipe, recipe_folder, recipe_steps, step_folder, step_inputs, write_recipe
 
@@ -372,13 +372,17 @@ def measured_rates(
     outputs: Path,
     gpu: bool,  # on GPUs, otherwise on CPUs
 ) -> dict[str, float]:  # network -> tiles a second
-    "How fast each network was trained on such a device, by the latest record in the outputs folder."
-    records = []
+    "How fast each network was trained on such a device, by the latest record in the outputs folder, or else by `salt bench --json outputs/bench.json`."
+    rates, records = {}, []
+    with contextlib.suppress(SaltError, KeyError, TypeError, AttributeError):  # there is none, or it is of another version
+        bench = read_json(outputs / "bench.json")
+        if not bench["quick"] and (bench["machine"]["kind"] == "cuda") == gpu:
+            rates = {row["work"].removeprefix("train "): row["tiles_per_second"] for row in bench["rows"] if row["work"].startswith("train ")}
     for folder in outputs.glob("*/*/*/*/train"):
         with contextlib.suppress(SaltError):  # damage to another run is no matter of this one
             if (record := read_record(folder)) and record["device"].startswith("cuda") == gpu:
                 records.append(record)
-    return {r["arguments"]["phase"]["model"]: r["metrics"]["tiles_per_second"] for r in sorted(records, key=lambda r: r["finished"])}
+    return rates | {r["arguments"]["phase"]["model"]: r["metrics"]["tiles_per_second"] for r in sorted(records, key=lambda r: r["finished"])}
 
 
 def expected_cost(
@@ -395,7 +399,7 @@ def expected_cost(
             passes[recipe.rounds[step.round].phases[step.phase].model] += training_passes(recipe, step)
     lines = []
     for model, n in passes.items():
-        time = f"{n / rates[model] / 3600:.2f} {hours} at the measured {rates[model]:.0f} a second" if model in rates else f"not yet measured on a {device} here: train one phase for one epoch to know the hours"
+        time = f"{n / rates[model] / 3600:.2f} {hours} at the measured {rates[model]:.0f} a second" if model in rates else f"not yet measured on a {device} here: train one phase for one epoch{', or run salt bench --json outputs/bench.json,' if gpu else ''} to know the hours"
         lines.append(f"{model}: at most {n / 1e6:.3g} million tiles through training, {time}")
     if passes and set(passes) <= set(rates):
         beside = "" if gpu else " if one step follows the other, less where trainings run beside each other"

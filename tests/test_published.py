@@ -79,6 +79,7 @@ def test_batch_counters_of_later_torch_are_read(path):
     (lambda t: t.update({"epoch": 3}), "something else than a state dict"),
     (lambda t: t.update({3: torch.zeros(3)}), "something else than a state dict"),
     (lambda t: t.update({"logit.0.bias": torch.zeros(32, dtype=torch.int8)}), "something else than a state dict"),
+    (lambda t: t.update({"logit.0.bias": torch.full((32,), -torch.inf)}), "1 of its tensors hold infinite numbers or none, among them head.0.bias"),
     (lambda t: t.update({"logit.0.bias": torch.full((32,), torch.nan)}), "1 of its tensors hold infinite numbers or none, among them head.0.bias"),
     (lambda t: t.update({"logit.0.bias": torch.zeros(32).to_sparse()}), "something else than a state dict"),
     (lambda t: t.update({"logit.0.bias": torch.zeros(32, device="meta")}), "something else than a state dict"),
