@@ -84,19 +84,20 @@ def to_program(
 def compile_network(
     network: torch.nn.Module,  # in evaluation mode, on a CPU
     shape: tuple[int, int, int, int],  # of each input: N, 3, H, W
+    precision: str,  # 'f32' or 'bf16', in which an encoder with depthwise convolutions still stays in float32
 ) -> Callable[[torch.Tensor], torch.Tensor] | None:  # float32 input of that shape -> logits; None: this can't be done here
-    "A copy of the network as a program of OpenVINO in bfloat16; an encoder with depthwise convolutions stays in float32."
+    "A copy of the network as a program of OpenVINO."
     if import_openvino() is None:
         return None
     x = torch.zeros(1, *shape[1:])
     try:
-        if any(isinstance(layer, Depthwise) for layer in network.modules()):
+        if precision == "bf16" and any(isinstance(layer, Depthwise) for layer in network.modules()):
             encoder, decoder = EncoderPart(network), DecoderPart(network)
             with torch.no_grad():
                 maps = encoder(x)
             encode, decode = to_program(encoder, (x,), shape[0], "f32"), to_program(decoder, maps, shape[0], "bf16")
             return lambda views: torch.from_numpy(decode(encode([views.numpy()]).to_tuple())[0])
-        program = to_program(network, (x,), shape[0], "bf16")
+        program = to_program(network, (x,), shape[0], precision)
         return lambda views: torch.from_numpy(program([views.numpy()])[0])
     except Exception as error:  # an operation that OpenVINO does not know
         warnings.warn(f"OpenVINO can't take {type(network).__name__} over, so PyTorch predicts, more slowly: {error}")
@@ -221,7 +222,7 @@ def record(
 
 # %% ../nbs/10_inference.ipynb #7a6cfb5f
 class Predictor:
-    "A network made ready to predict: on a CPU as a program of OpenVINO if that pays, else by PyTorch in half precision."
+    "A network made ready to predict: on a CPU as a program of OpenVINO if that pays, else by PyTorch; in half precision where the device has it."
 
     def __init__(
         self,
@@ -238,11 +239,11 @@ class Predictor:
         self.model_name, self.flip, self.precision = model_name, flip, precision
         self.batch_size = batch_size or (4 if self.where.type == "cpu" else 32)
         self.network, self.program, self.recorded = network.to(self.where).eval(), None, None
-        if self.where.type == "cpu" and half_dtype(self.where, precision) == torch.bfloat16 and pays(network, model_name, tiles):
+        if self.where.type == "cpu" and precision in ("auto", "bfloat16") and pays(network, model_name, tiles):
             kind = find_network(model_name)
             side = kind.size + sum(kind.pad)
             self.views = self.batch_size * (2 if flip else 1)
-            self.program = compile_network(self.network, (self.views, 3, side, side))
+            self.program = compile_network(self.network, (self.views, 3, side, side), "bf16" if half_dtype(self.where, precision) == torch.bfloat16 else "f32")
         if self.program is None:
             self.network.to(memory_format=torch.channels_last)
         if self.on_gpu and (half := half_dtype(self.where, precision)) and not any(isinstance(layer, Depthwise) for layer in network.modules()):
