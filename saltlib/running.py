@@ -169,6 +169,8 @@ def run_step(
         if read_record(folder) is None:
             for left in [path for path in folder.rglob(".*.part") if path.is_file()]:  # a kill came while a file was being written
                 left.unlink()
+            if kind == "train" and not (folder / "checkpoint.pt").exists():  # else snapshots of an earlier training would pass for this one's
+                shutil.rmtree(folder / "weights", ignore_errors=True)
             say(str(step), "started")
             execute_notebook(os.path.relpath(runs_folder() / f"{kind}.ipynb"), folder / f"{kind}.ipynb", {"recipe_file": recipe_file, **place}, str(step))
         if read_record(folder) is None:
@@ -399,7 +401,8 @@ def expected_cost(
             passes[recipe.rounds[step.round].phases[step.phase].model] += training_passes(recipe, step)
     lines = []
     for model, n in passes.items():
-        time = f"{n / rates[model] / 3600:.2f} {hours} at the measured {rates[model]:.0f} a second" if model in rates else f"not yet measured on a {device} here: train one phase for one epoch{', or run salt bench --json outputs/bench.json,' if gpu else ''} to know the hours"
+        bench = ", or run salt bench --json outputs/bench.json," * (gpu and "_at_" not in model)  # which trains no lite2
+        time = f"{n / rates[model] / 3600:.2f} {hours} at the measured {rates[model]:.0f} a second" if model in rates else f"not yet measured on a {device} here: train one phase for one epoch{bench} to know the hours"
         lines.append(f"{model}: at most {n / 1e6:.3g} million tiles through training, {time}")
     if passes and set(passes) <= set(rates):
         beside = "" if gpu else " if one step follows the other, less where trainings run beside each other"

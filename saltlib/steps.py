@@ -458,6 +458,8 @@ def open_run(
     "A finished run, to be read. `SaltError` if it is not there, its last round has no ensemble yet, or that one's results are damaged."
     folder = Path(run) if (Path(run) / "recipe.yaml").is_file() else Path(outputs) / run
     if not (folder / "recipe.yaml").is_file():
+        if any((place / "blend.ipynb").is_file() for place in (Path(run), folder)):
+            raise SaltError(f"{run} is the mean of several runs, made by salt blend: give these runs themselves; out_of_fold.csv in it has its scores beside theirs.")
         there = ", ".join(sorted(file.parent.name for file in Path(outputs).glob("*/recipe.yaml"))) or "none yet"
         raise SaltError(f"There is no run {run}: give a run's folder (with recipe.yaml), or the name of one in {outputs} ({there}).")
     recipe = read_recipe(folder / "recipe.yaml").model_copy(update={"name": folder.name})  # a copy of a run may have another name

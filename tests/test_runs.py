@@ -209,7 +209,7 @@ def test_runs_are_averaged(finished, tmp_path):
     demo = pd.read_csv(project / "outputs/demo/round2/ensemble/out_of_fold.csv", dtype={"id": str}).set_index("id")["precision"]
     text = salt(project, "blend", "demo=3", "other", "--out", "outputs/mean").stdout
     mean = pd.read_csv(project / "outputs/mean/out_of_fold.csv", dtype={"id": str}).set_index("id")["weighted mean"]
-    assert f"mAP {mean.mean():.4f}" in text
+    assert f"weighted mean: mAP {mean.mean():.4f}" in text and f"demo: mAP {demo.mean():.4f}" in text and "other: mAP" in text
     assert (mean == demo).mean() > 0.9 and list(mean.index) == list(demo.index)  # half precision rounds a pixel away
     one, own = (pd.read_csv(project / "outputs" / run / "submission.csv", dtype=str, keep_default_na=False) for run in ("mean", "demo"))
     masks, expected = (np.array([rle_decode(rle) for rle in table["rle_mask"]]) for table in (one, own))
@@ -584,7 +584,10 @@ def test_killed_training_goes_on_to_the_same_result(finished, tmp_path):
     project = tmp_path / "project"
     shutil.copytree(finished[0], project, symlinks=True, ignore=shutil.ignore_patterns(".snakemake"))
     before = records(project)
-    shutil.rmtree(project / "outputs/demo/round2/compact/fold1/train")
+    weights = project / "outputs/demo/round2/compact/fold1/train/weights"
+    shutil.rmtree(weights.parent)
+    weights.mkdir(parents=True)
+    (weights / "snapshot0.safetensors").touch()  # of an earlier training with other settings
     run = subprocess.Popen([*SALT, "run", "demo", *SHORT], cwd=project, start_new_session=True, stdout=subprocess.PIPE, text=True)
     for line in run.stdout:
         if "| epoch   0" in line:
@@ -611,3 +614,4 @@ def test_killed_training_goes_on_to_the_same_result(finished, tmp_path):
     pd.testing.assert_frame_equal(*histories, check_exact=True)
     for name in ("round2/compact/fold1/train/weights/last.safetensors", "submission.csv"):
         assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes()
+    assert sorted(file.name for file in weights.iterdir()) == ["best.safetensors", "last.safetensors"]
