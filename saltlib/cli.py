@@ -51,7 +51,7 @@ def list_runs() -> None:
         states = [row[1] for row in rows]
         scores = [f"{row[0]}: {row[2]}" for row in rows if row[0].startswith("ensemble") and row[1] == "done"]
         found.append((name, next(state for state in ("running", "failed", "missing", "done") if state in states), "; ".join([f"{states.count('done')} of {len(rows)} steps done", *scores[-1:]])))
-    print_states(found, ("run", "status", "steps and last score"), f"{len(found)} runs in {Path('outputs').resolve()}")
+    print_states(found, ("run", "status", "steps and last score"), f"runs in outputs: {len(found)}")
 
 
 def show_status(

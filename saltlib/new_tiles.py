@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .core import SaltError, read_record
-from .recipes import Step, full_name, read_recipe, step_folder
+from .recipes import Step, find_run, full_name, read_recipe, step_folder
 
 # %% ../nbs/19_new_tiles.ipynb #c8d31c76
 PUBLISHED_V5 = re.compile(r"model_128_res34v5(?P<fold>\d)(?P<snapshot>\d)\.pth")
@@ -78,7 +78,7 @@ def find_members(
     models: str | Path,  # a run's folder or its name in outputs, or a folder with the released files
 ) -> list[Member]:
     "The networks to predict with. `SaltError` if there are none."
-    models = next((folder for folder in (Path(models), Path("outputs") / models) if folder.is_dir()), Path(models))
+    models = find_run(models, "outputs") or Path(models)
     if not models.is_dir():
         raise SaltError(f"There is no folder {models}: give that of a run, such as outputs/compact, its name, or one with released files.")
     members = run_members(models) if (models / "recipe.yaml").exists() else published_members(models)

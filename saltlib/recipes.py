@@ -7,7 +7,7 @@ __all__ = ['Name', 'PhaseName', 'Snapshots', 'ModelName', 'PARTS', 'Strict', 'Ad
            'Cosine', 'PseudoLabels', 'Synthetic', 'same_network', 'Phase', 'Members', 'Round', 'Folds', 'Recipe',
            'full_name', 'set_value', 'count_values', 'refuse_twins', 'in_words', 'parse_recipe', 'read_recipe', 'Step',
            'fold_of', 'members', 'recipe_steps', 'previous_round', 'step_inputs', 'trainings_beside', 'is_contaminated',
-           'recipe_folder', 'step_folder', 'rules_in_use', 'step_arguments', 'fold_file', 'flat_settings',
+           'recipe_folder', 'find_run', 'step_folder', 'rules_in_use', 'step_arguments', 'fold_file', 'flat_settings',
            'flat_differences', 'begun_settings', 'check_settings', 'write_recipe']
 
 # %% ../nbs/14_recipes.ipynb #b36c8219
@@ -500,6 +500,14 @@ def recipe_folder(
 ) -> Path:
     "Where the recipe's results lie."
     return Path(outputs) / recipe.name
+
+
+def find_run(
+    run: str | Path,  # a run's folder, or its name in outputs
+    outputs: str | Path,  # the project's outputs folder
+) -> Path | None:  # its folder; None if there is none
+    "Where a run lies that was begun."
+    return next((folder for folder in (Path(run), Path(outputs) / run) if (folder / "recipe.yaml").is_file()), None)
 
 
 def step_folder(

@@ -9,7 +9,7 @@ __all__ = ['OpenStep', 'open_step', 'note_tiles', 'run_tiles', 'step_folds', 'sp
            'count_choices', 'choice_lines', 'confidences_asked', 'run_records', 'score_table', 'mean_row',
            'scores_by_place', 'compare_folds', 'run_histories', 'open_run', 'open_runs', 'different_settings',
            'tile_scores', 'compare_scores', 'most_changed', 'open_ensemble', 'read_out_of_fold', 'read_predictions',
-           'check_same_tiles', 'blend_scores', 'blend_masks']
+           'check_same_tiles', 'blend_scores', 'blend_lines', 'blend_masks']
 
 # %% ../nbs/15_steps.ipynb #c81d0f24
 import time
@@ -27,7 +27,7 @@ from .ensemble import Ensemble, Group, averaged_ahead, choose_pseudo_labels, dec
 from .metrics import precision_at_iou, score
 from .mosaic import CLOSE, closest_known, mosaic_groups
 from .postprocess import correct_codes, find_sources, straight_masks, straight_rows
-from .recipes import Members, Phase, Recipe, Step, flat_settings, fold_file, fold_of, full_name, is_contaminated, previous_round, read_recipe, recipe_folder, recipe_steps, rules_in_use, step_arguments, step_folder, step_inputs
+from .recipes import Members, Phase, Recipe, Step, find_run, flat_settings, fold_file, fold_of, full_name, is_contaminated, previous_round, read_recipe, recipe_folder, recipe_steps, rules_in_use, step_arguments, step_folder, step_inputs
 from .synthetic import make_tiles
 
 # %% ../nbs/15_steps.ipynb #ab82d517
@@ -456,9 +456,8 @@ def open_run(
     outputs: str | Path,  # the project's outputs folder
 ) -> OpenStep:  # the ensemble of its last round
     "A finished run, to be read. `SaltError` if it is not there, its last round has no ensemble yet, or that one's results are damaged."
-    folder = Path(run) if (Path(run) / "recipe.yaml").is_file() else Path(outputs) / run
-    if not (folder / "recipe.yaml").is_file():
-        if any((place / "blend.ipynb").is_file() for place in (Path(run), folder)):
+    if (folder := find_run(run, outputs)) is None:
+        if any((place / "blend.ipynb").is_file() for place in (Path(run), Path(outputs) / run)):
             raise SaltError(f"{run} is the mean of several runs, made by salt blend: give these runs themselves; out_of_fold.csv in it has its scores beside theirs.")
         there = ", ".join(sorted(file.parent.name for file in Path(outputs).glob("*/recipe.yaml"))) or "none yet"
         raise SaltError(f"There is no run {run}: give a run's folder (with recipe.yaml), or the name of one in {outputs} ({there}).")
@@ -582,6 +581,15 @@ def blend_scores(
         precision.append(precision_at_iou(np.average(probs, axis=0, weights=weights) > 0.5, tiles.masks))
     scores.insert(0, "weighted mean", np.concatenate(precision))
     return scores
+
+
+def blend_lines(
+    scores: pd.DataFrame,  # of `blend_scores`
+    runs: dict[str, OpenStep],  # of `open_runs`
+) -> str:  # a line for the mean and for each run
+    "The same in words, for the terminal. The mean is as contaminated as any of its runs."
+    contaminated = {name: run.contaminated for name, run in runs.items()}
+    return "\n".join(f"{name}: {score_line(score(values.to_numpy()), len(values), contaminated.get(name, any(contaminated.values())))}" for name, values in scores.items())
 
 
 def blend_masks(

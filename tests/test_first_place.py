@@ -42,7 +42,7 @@ def one_of_each_kind(path: Path) -> None:
         for name in names:
             del phases[name]
     first["bes_3"]["start"], second["bes_2"]["start"] = "round1/bes_1", "round2/bes_0"
-    for phase, cycles, weights in ((first["phalanx_v4"], 1, [0]), (second["phalanx_v3"], 1, [0]), (third["phalanx_v5_pre"], 1, "last"), (third["phalanx_v5"], 2, [1])):
+    for phase, cycles, weights in ((first["phalanx_v4"], 1, [0]), (second["phalanx_v3"], 1, [0]), (third["phalanx_v5_pre"], 1, "last"), (third["phalanx_v5"], 3, [1, 2])):
         phase |= {"schedule": phase["schedule"] | {"cycles": cycles}, "weights": weights, "fold_snapshots": {}}
     for name, members in (("round1", {"bes_3": 1}), ("round2", {"bes_2": 3}), ("round3", {"round2/bes_2": 3})):
         recipe["rounds"][name]["ensemble"]["bes"]["members"] = members
@@ -132,9 +132,9 @@ def test_three_rounds_with_one_phase_of_each_kind(tmp_path):
     salt(project, "run", path)
     check_run(project, "kinds")
     run = project / "outputs/kinds"
-    assert sorted(f.stem for f in (run / "round3/phalanx_v5/fold1/train/weights").iterdir()) == ["best", "last", "snapshot0", "snapshot1"]
+    assert sorted(f.stem for f in (run / "round3/phalanx_v5/fold1/train/weights").iterdir()) == ["best", "last", "snapshot0", "snapshot1", "snapshot2"]
     predicted = json.loads((run / "round3/phalanx_v5/fold1/predict/record.json").read_text())
-    assert predicted["arguments"]["weights"] == ["weights/snapshot1.safetensors"] and predicted["metrics"]["networks"] == 1
+    assert predicted["arguments"]["weights"] == ["weights/snapshot1.safetensors", "weights/snapshot2.safetensors"] and predicted["metrics"]["networks"] == 2
     assert not (run / "round3/bes_2").exists()  # round 3 reads round 2's predictions
     assert PredictionStore(run / "round3/ensemble/predictions.zarr").complete
     ends = {member.group: member.ends for member in run_members(run)}

@@ -376,12 +376,12 @@ def test_status_of_a_finished_run(finished):
 def test_a_damaged_run_hides_no_other(tmp_path):
     (tmp_path / "nbs").symlink_to(ROOT / "nbs")
     shutil.copy(ROOT / "settings.ini", tmp_path)
-    assert "0 runs in" in salt(tmp_path, "status").stdout
+    assert "outputs: 0" in salt(tmp_path, "status").stdout
     for name, text in {"broken": "name: [", "mine": (ROOT / "nbs/runs/recipes/demo.yaml").read_text()}.items():
         (tmp_path / "outputs" / name).mkdir(parents=True)
         (tmp_path / "outputs" / name / "recipe.yaml").write_text(text)
     lines = salt(tmp_path, "status").stdout.splitlines()
-    assert "2 runs in" in lines[0] and any("mine" in line and "0 of 12 steps done" in line for line in lines) and any("could not be read as YAML" in line for line in lines)
+    assert "outputs: 2" in lines[0] and any("mine" in line and "0 of 12 steps done" in line for line in lines) and any("could not be read as YAML" in line for line in lines)
 
 
 def test_other_settings_are_refused_and_change_nothing(finished):
