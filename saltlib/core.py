@@ -6,7 +6,7 @@
 __all__ = ['PACKAGED', 'PACKAGES', 'SaltError', 'project_root', 'runs_folder', 'write_atomic', 'read_json', 'read_torch',
            'derive_seed', 'set_seed', 'visible_gpus', 'gpu_works', 'pick_device', 'half_dtype', 'autocast', 'versions',
            'git_commit', 'checksum', 'usable_cores', 'process_memory', 'peak_memory', 'seal', 'RunRecord',
-           'read_record', 'changed_files']
+           'read_record', 'changed_files', 'flat_settings', 'flat_differences']
 
 # %% ../nbs/00_core.ipynb #c9c673a4
 import contextlib, hashlib, importlib.metadata, importlib.resources, json, os, platform, random, re, resource, shutil, subprocess, sys, time, zipfile
@@ -292,3 +292,23 @@ def changed_files(
     "The results of a step that are missing or no longer what it wrote."
     files = {Path(folder) / name: expected for name, expected in record["files"].items() if name.startswith(part)}
     return [file for file, expected in files.items() if not file.exists() or checksum(file) != expected]
+
+# %% ../nbs/00_core.ipynb #28209b9c
+def flat_settings(
+    node,  # settings of settings, or a part of them, as plain values
+    path: str = "",  # keys that lead to it
+) -> dict[str, str]:  # 'key.key' -> value, a list whole
+    "Settings without their tree, to be compared."
+    if not isinstance(node, dict):
+        return {path: str(node)}
+    return {key: value for name, part in node.items() for key, value in flat_settings(part, f"{path}.{name}".lstrip(".")).items()}
+
+
+def flat_differences(
+    then: dict,  # plain values
+    now: dict,
+) -> str:
+    "What was set differently, in words."
+    then, now = flat_settings(then), flat_settings(now)
+    different = [f"{key} was {then.get(key, 'not set')}, is {now.get(key, 'not set')}" for key in {**then, **now} if then.get(key) != now.get(key)]
+    return "; ".join(different[:5]) + (f"; and {len(different) - 5} more" if different[5:] else "")

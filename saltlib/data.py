@@ -187,7 +187,7 @@ def folder_files(
         files.problems.append(f"{place} is {'no folder' if Path(folder).exists() else 'missing'}.")
         return files
     try:
-        for path in Path(folder).iterdir():
+        for path in sorted(Path(folder).iterdir()):
             files.add(path.name if path.is_file() else path.name + "/", path)  # a FIFO of that name would be read for ever
     except OSError as error:
         files.problems.append(f"{place} can't be read ({error.strerror}).")

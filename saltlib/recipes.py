@@ -7,8 +7,8 @@ __all__ = ['Name', 'PhaseName', 'Snapshots', 'ModelName', 'PARTS', 'Strict', 'Ad
            'Cosine', 'PseudoLabels', 'Synthetic', 'same_network', 'Phase', 'Members', 'Round', 'Folds', 'Recipe',
            'full_name', 'set_value', 'count_values', 'refuse_twins', 'in_words', 'parse_recipe', 'read_recipe', 'Step',
            'fold_of', 'members', 'recipe_steps', 'previous_round', 'step_inputs', 'trainings_beside', 'is_contaminated',
-           'recipe_folder', 'find_run', 'step_folder', 'rules_in_use', 'step_arguments', 'fold_file', 'flat_settings',
-           'flat_differences', 'begun_settings', 'check_settings', 'write_recipe']
+           'recipe_folder', 'find_run', 'step_folder', 'rules_in_use', 'step_arguments', 'fold_file', 'begun_settings',
+           'check_settings', 'write_recipe']
 
 # %% ../nbs/14_recipes.ipynb #b36c8219
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, StringConstraints, ValidationError, field_validator, model_serializer, model_validator
 
-from .core import SaltError, checksum, read_record, write_atomic
+from .core import SaltError, checksum, flat_differences, read_record, write_atomic
 
 # %% ../nbs/14_recipes.ipynb #70cdf087
 class Strict(BaseModel):
@@ -553,26 +553,6 @@ def fold_file(
 ) -> dict[str, str]:  # its path -> its checksum; empty without one, or where it is not at hand
     "The fold file of the user's own."
     return {file: checksum(file)} if (file := recipe.folds.file) and Path(file).is_file() else {}
-
-
-def flat_settings(
-    node,  # a recipe, or a part of one, as plain values
-    path: str = "",  # keys that lead to it
-) -> dict[str, str]:  # 'key.key' -> value, a list whole
-    "Settings without their tree, to be compared."
-    if not isinstance(node, dict):
-        return {path: str(node)}
-    return {key: value for name, part in node.items() for key, value in flat_settings(part, f"{path}.{name}".lstrip(".")).items()}
-
-
-def flat_differences(
-    then: dict,  # plain values
-    now: dict,
-) -> str:
-    "What was set differently, in words."
-    then, now = flat_settings(then), flat_settings(now)
-    different = [f"{key} was {then.get(key, 'not set')}, is {now.get(key, 'not set')}" for key in {**then, **now} if then.get(key) != now.get(key)]
-    return "; ".join(different[:5]) + (f"; and {len(different) - 5} more" if different[5:] else "")
 
 
 def begun_settings(

@@ -598,9 +598,9 @@ def run_recipe(
     from saltlib.nursery import nursery
 
     status = 0
+    if read_record(prepare) is None:
+        refuse_bad_data(recipe.data)  # said here at once, before any step begins
     with hold(folder / ".lock", f"A run of {recipe.name}") as lock:
-        if read_record(prepare) is None:
-            refuse_bad_data(recipe.data)  # said here at once, before any step begins
         write_recipe(recipe, outputs)
         outdated = outdated_steps(recipe, outputs)
         steps = [step for step in outdated if step in wanted]

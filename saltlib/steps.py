@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import RunRecord, SaltError, checksum, derive_seed, git_commit, pick_device, read_record, versions, write_atomic
+from .core import RunRecord, SaltError, checksum, derive_seed, flat_settings, git_commit, pick_device, read_record, versions, write_atomic
 from .data import PredictionStore, Tiles, encode_masks, is_black, load_tiles, make_folds, read_folds, tile_checksums
 from .ensemble import Ensemble, Group, averaged_ahead, choose_pseudo_labels, decode_masks, in_pieces, read_ends, read_pseudo_labels, weighted_mean
 from .metrics import precision_at_iou, score
 from .mosaic import CLOSE, closest_known, mosaic_groups
 from .postprocess import correct_codes, find_sources, straight_masks, straight_rows
-from .recipes import Members, Phase, Recipe, Step, find_run, flat_settings, fold_file, fold_of, full_name, is_contaminated, previous_round, read_recipe, recipe_folder, recipe_steps, rules_in_use, step_arguments, step_folder, step_inputs
+from .recipes import Members, Phase, Recipe, Step, find_run, fold_file, fold_of, full_name, is_contaminated, previous_round, read_recipe, recipe_folder, recipe_steps, rules_in_use, step_arguments, step_folder, step_inputs
 from .synthetic import make_tiles
 
 # %% ../nbs/15_steps.ipynb #ab82d517

@@ -28,7 +28,7 @@ with warnings.catch_warnings():
     from fastai.torch_core import to_float
 
 from .augment import AUGMENTATIONS, EpochSampler, TileDataset
-from .core import SaltError, checksum, derive_seed, half_dtype, pick_device, read_torch, set_seed, usable_cores, write_atomic
+from .core import SaltError, checksum, derive_seed, flat_differences, half_dtype, pick_device, read_torch, set_seed, usable_cores, write_atomic
 from .data import Tiles
 from .losses import LOSSES
 from .metrics import precision_at_iou
@@ -374,8 +374,7 @@ def read_checkpoint(
     except Exception as error:  # whatever a damaged file makes torch raise
         raise SaltError(f"{path} is damaged ({type(error).__name__}): delete it to train this phase from its beginning.") from None
     if then != settings:
-        other = {k: (then.get(k), settings.get(k)) for k in {*then, *settings} if then.get(k) != settings.get(k)}
-        raise SaltError(f"{path} was begun with other settings (then and now: {other}): delete it to train this phase from its beginning, or go back to them.")
+        raise SaltError(f"{path} was begun with other settings ({flat_differences(then, settings)}): delete it to train this phase from its beginning, or go back to them.")
     return state
 
 # %% ../nbs/09_training.ipynb #f91dfb75

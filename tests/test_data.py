@@ -19,7 +19,7 @@ from hypothesis.extra.numpy import arrays
 
 from saltlib.core import SaltError
 from saltlib.data import (
-    LARGEST_FILE, PredictionStore, check_data, decode_png, encode_masks, is_black, load_images, load_tiles, make_folds, read_by_id,
+    LARGEST_FILE, PredictionStore, check_data, deal_groups, decode_png, encode_masks, is_black, load_images, load_tiles, make_folds, read_by_id,
     read_folds, read_rle_csv, refuse_bad_data, rle_decode, rle_encode, unique_pixels, write_folds, write_rle_csv,
 )
 
@@ -178,6 +178,7 @@ DAMAGE = {
     "not in train.csv": (replace("train.csv", "D3", "D4"), ["train/images has D3, train.csv lacks it", "train.csv has D4, train/images lacks it"]),
     "both train and test": (write("test/images/aa.png", png(image_of("aa"))), ["aa is both a train and a test tile", "test/images has aa"]),
     "other mask than its code": (write("train/masks/b-1.png", png(mask_of("aa") * np.uint8(255))), ["train/masks/b-1.png and its run-length code in train.csv differ in"]),
+    "a mask shifted by a row": (write("train/masks/b-1.png", png(np.roll(mask_of("b-1"), 1, axis=0) * np.uint8(255))), ["train/masks/b-1.png and its run-length code in train.csv differ in"]),
     "code without its mask's salt": (lambda root: write_rle_csv(root / "train.csv", TRAIN, [""] * 4), [f"train/masks/{id}.png and its" for id in TRAIN]),
     "malformed code": (replace("train.csv", "aa,", "aa,x "), ["train.csv, tile aa: The run-length code", "not made of pairs"]),
     "overlapping code": (replace("train.csv", "aa,", "aa,1 99 2 1 "), ["train.csv, tile aa: The run-length code", "overlap"]),
@@ -503,6 +504,16 @@ def test_coverage_is_balanced():
         assert np.ptp(np.bincount(folds)) <= 10 and np.ptp(np.bincount(folds[known])) <= 10
         assert np.ptp(np.bincount(folds[coverage == 0])) <= 4
         assert np.ptp([coverage[known & (folds == k)].mean() for k in range(5)]) < 0.03
+
+
+def test_groups_are_dealt_by_shares_of_each_class():
+    "By hand: a rare class counts as much as a common one, and the largest group comes first."
+    groups, strata = np.array([0, 0, 0, 1, 1, 2, 2, 3, 3]), np.array([0, 0, 0, 1, 1, 0, 0, 1, 0])
+    # Shares of the six tiles of class 0, the three of class 1, and of all nine: group 0 (1/2, 0, 1/3), 1 (0, 2/3, 2/9), 2 (1/3, 0, 2/9), 3 (1/6, 1/3, 2/9).
+    # 0 goes to fold 0; 1 to the empty fold 1; 2 would meet 1/6 + 2/27 in fold 0 and 4/81 in fold 1; 3 then 1/12 + 2/27 in fold 0 and 1/18 + 2/9 + 8/81 in fold 1.
+    assert deal_groups(groups, strata, 2).tolist() == [0, 0, 0, 1, 1, 1, 1, 0, 0]
+    # Two tiles of each class are dealt; of the two that are left, each goes where its class is not.
+    assert deal_groups(np.array([0, 0, 1, 1, 2, 3]), np.array([0, 0, 1, 1, 1, 0]), 2).tolist() == [0, 0, 1, 1, 0, 1]
 
 
 def test_fold_files(tmp_path):

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from saltlib.data import SIZE, PredictionStore
-from saltlib.ensemble import Ensemble, Group, average_round
+from saltlib.ensemble import Ensemble, Group, average_round, group_means
 
 
 class AtOnce(ThreadPoolExecutor):
@@ -37,6 +37,22 @@ def peak_memory(folder, tiles: int, members: int) -> int:
     tracemalloc.stop()
     assert mean.complete and len(tables[0]) == len(tables[None]) == tiles
     return peak
+
+
+def constant(path, ids, value):
+    store = PredictionStore.create(path, ids)
+    for rows in store.pending():
+        store.write(rows, np.full((rows.stop - rows.start, SIZE, SIZE), value))
+    return store
+
+
+def test_folds_count_the_same_whatever_their_weights(tmp_path):
+    ids = np.array(["a", "b", "c"])
+    low, high, other = (constant(tmp_path / f"{value}.zarr", ids, value) for value in (0.25, 0.75, 0.5))
+    means = group_means(Group({2: [(low, 3.0), (high, 1.0)], 4: [(other, 8.0)]}), ids[[2, 0]])
+    assert list(means) == [2, 4, None]  # folds by their numbers, then all
+    for fold, expected in ((2, 0.375), (4, 0.5), (None, 0.4375)):
+        assert means[fold].shape == (2, SIZE, SIZE) and (means[fold] == expected).all()
 
 
 def test_memory_grows_neither_with_tiles_nor_with_members(tmp_path, monkeypatch):

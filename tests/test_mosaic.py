@@ -1,5 +1,6 @@
 """Neighbours and mosaics: right where the truth is known, as published on the competition's tiles, nothing placed on bad input."""
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -120,10 +121,28 @@ def test_a_mosaic_stays_in_one_fold(sections):
 def test_salt_mosaic_writes_tables_and_pictures(tmp_path, capsys):
     root = make_dataset(tmp_path / "data", n_sections=2, seed=5)
     assert main(["mosaic", "--data", str(root), "--out", str(tmp_path / "out")]) == 0
-    grid = pd.read_csv(tmp_path / "out/mosaic_0000.csv", header=None, dtype=str, keep_default_na=False)
     ids, _ = load_all(root)
-    assert set(grid.to_numpy().ravel()) <= {*ids, ""}
-    assert (tmp_path / "out/mosaic_0000.png").stat().st_size > 1000
+    train, test, beside = load_tiles(root, "train"), load_tiles(root, "test"), set()
+    for file in sorted((tmp_path / "out").glob("mosaic_*.csv")):
+        grid = pd.read_csv(file, header=None, dtype=str, keep_default_na=False).to_numpy()
+        assert set(grid.ravel()) <= {*ids, ""}
+        for lines, direction in ((grid, "right"), (grid.T, "down")):
+            beside |= {(*pair, direction) for line in lines for pair in zip(line, line[1:]) if "" not in pair}
+        picture = cv2.imread(str(file.with_suffix(".png")))[:, :, ::-1].astype(int)
+        for (row, column), id in np.ndenumerate(grid):
+            place = picture[101 * row : 101 * (row + 1), 101 * column : 101 * (column + 1)]
+            if id in test.ids:  # grey, as it is
+                assert (place == test.images[test.rows([id])[0]][:, :, None]).all()
+            elif id:  # framed in green, its salt washed over in blue
+                tile, green = train[train.rows([id])], (0, 158, 115)
+                assert all((place[edge] == green).all() for edge in ((0,), (-1,), (np.s_[:], 0), (np.s_[:], -1)))
+                inside, salt, grey = place[2:-2, 2:-2], tile.masks[0, 2:-2, 2:-2], tile.images[0, 2:-2, 2:-2, None].astype(int)
+                washed = 0.65 * grey[salt] + 0.35 * np.array([86, 180, 233])
+                assert (inside[~salt] == grey[~salt]).all() and np.abs(inside[salt] - washed).max(initial=0) <= 1
+            else:  # white
+                assert (place == 255).all()
+    assert beside == set(pd.read_csv(tmp_path / "out/pairs.csv", dtype=str)[PAIR].itertuples(index=False, name=None))
+    assert {id for id in train.ids if train.masks[train.rows([id])[0]].any()} & {id for pair in beside for id in pair[:2]}, "no salt was drawn"
     assert "mosaics of" in capsys.readouterr().out
     assert main(["mosaic", "--data", str(root), "--out", str(tmp_path / "out")]) == 1
     assert "not empty" in capsys.readouterr().err

@@ -5,10 +5,11 @@ import pandas as pd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saltlib.data import Tiles, load_tiles, make_folds
+from saltlib.data import PredictionStore, Tiles, load_tiles, make_folds
+from saltlib.ensemble import Ensemble, Group
 from saltlib.metrics import precision_at_iou
 from saltlib.mosaic import assemble, find_neighbors, mosaic_table
-from saltlib.postprocess import RULES, find_sources, straight_masks, straight_rows, withheld_sources
+from saltlib.postprocess import RULES, find_sources, rule_effects, straight_masks, straight_rows, withheld_sources
 
 
 def random_mask(rng) -> np.ndarray:
@@ -117,6 +118,26 @@ def test_withheld_masks_have_no_influence_on_tiles_of_their_fold(seed):
     assert own(found) == own(withheld_sources(mosaics, changed, folds, tuple(RULES)))
     fold_of = dict(zip(ids, folds))
     assert not any(fold_of[id] == fold_of[source] for id, source in found.items())
+
+
+def test_effects_count_the_folds_that_were_run_alone(tmp_path):
+    "Tile by tile, by hand; fold 1 was not run."
+    grids, ids, masks = invent(3)
+    folds, mosaics = np.random.default_rng(3).integers(0, 3, len(ids)), table(grids, ids)
+    train, store = Tiles(ids, masks, masks, np.zeros(len(ids), int)), PredictionStore.create(tmp_path / "probs.zarr", ids)
+    for rows in store.pending():
+        store.write(rows, np.where(masks[rows], 0.9, 0.1)[:, ::-1])  # upside down
+    effects = rule_effects(Ensemble([Group({0: [(store, 1.0)], 2: [(store, 1.0)]})], ids), mosaics, train, folds, ("continued",)).set_index("rules")
+    run = np.isin(folds, (0, 2))
+    for rule in RULES:
+        given = straight_masks(withheld_sources(mosaics, train, folds, (rule,)), train)
+        pairs = {id: (masks[ids == id][0], masks[ids == id][0][::-1]) for id in given if run[ids == id][0]}
+        change = [(precision_at_iou(given[id][None], true[None]) - precision_at_iou(seen[None], true[None]))[0] for id, (true, seen) in pairs.items()]
+        row = effects.loc[rule]
+        assert row["in use"] == (rule == "continued") and row["tiles"] == run.sum() and row["changed"] == sum((given[id] != seen).any() for id, (_, seen) in pairs.items()) > 0
+        assert (row["better"], row["worse"]) == (sum(c > 0 for c in change), sum(c < 0 for c in change))
+        assert np.isclose(row["change of mAP"], sum(change) / run.sum()) and row["low"] <= row["change of mAP"] <= row["high"]
+        assert len(given) > len(pairs), "a tile of fold 1 has to be among those that the rule speaks of"
 
 
 def test_what_the_rules_give_is_right_on_the_competitions_tiles(tgs):

@@ -1,5 +1,6 @@
 """What the training notebook does not show: a step that goes wrong, and a GPU."""
 
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -10,7 +11,7 @@ from saltlib.core import SaltError, read_torch
 from saltlib.data import Tiles
 from saltlib.losses import LOSSES
 from saltlib.synthetic import cut_tiles, make_section
-from saltlib.training import EpochRate, ToNetworkInput, fit_phase
+from saltlib.training import EasyTiles, EpochRate, ToNetworkInput, fit_phase
 
 
 @pytest.fixture
@@ -50,6 +51,23 @@ def test_published_settings_reach_optimizer_and_network(tiles, tmp_path, monkeyp
     fit_phase(tiles[:4], tiles[4:6], tmp_path, model="compact", start="scratch", loss="bce_dice", augment="none", epochs=2, batch_size=2, lr=1e-3, seed=1, draws=3, batch_norm_momentum=0.01,
               optimizer={"name": "sgd", "momentum": 0.9, "weight_decay": 1e-4}, schedule={"name": "cosine", "cycles": 2, "floor": 1e-4}, device="cpu")
     assert seen == [(0, False, 0.01, 6), (1, True, 0.01, 6), (2, False, 0.01, 6), (3, True, 0.01, 6)]
+
+
+def test_a_network_of_three_outputs_is_right_by_its_first():
+    "And what is right in validation tells the sampler nothing."
+    salt = torch.zeros(2, 1, 4, 4)
+    salt[0] = 1
+    sampler, callback = SimpleNamespace(easy=np.array([False, False, True, True])), EasyTiles()
+    learner = SimpleNamespace(dls=SimpleNamespace(train=SimpleNamespace(batch_sampler=sampler)), training=True, pred=(2 * salt - 1, 1 - 2 * salt, None), yb=(salt, torch.tensor([2, 0])))
+    callback.learn = learner
+    callback.before_train()
+    callback.after_batch()
+    learner.pred, learner.yb = (1 - 2 * salt, None, None), (salt, torch.tensor([3, 1]))
+    callback.after_batch()
+    learner.training, learner.yb = False, (1 - salt, torch.tensor([3, 1]))
+    callback.after_batch()
+    callback.after_train()
+    assert sampler.easy.tolist() == [True, False, True, False]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
