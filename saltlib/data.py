@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ID', 'SIZE', 'LARGEST_FILE', 'CHUNK', 'refuse', 'find_rows', 'shown', 'read_by_id', 'critical_chunks', 'decode_png',
            'TileFiles', 'folder_files', 'leaves_folder', 'zip_files', 'open_split', 'decode_all', 'stack_tiles',
-           'Tiles', 'parse_depth', 'load_tiles', 'tile_checksums', 'load_images', 'encode_masks', 'rle_encode',
-           'rle_decode', 'write_rle_csv', 'read_rle_csv', 'check_ids', 'check_masks', 'check_data', 'refuse_bad_data',
-           'is_black', 'unique_pixels', 'make_folds', 'coverage_strata', 'deal_groups', 'write_folds', 'read_folds',
-           'widen', 'PredictionStore']
+           'Tiles', 'how_to_mend', 'parse_depth', 'load_tiles', 'tile_checksums', 'load_images', 'encode_masks',
+           'rle_encode', 'rle_decode', 'write_rle_csv', 'read_rle_csv', 'check_ids', 'check_masks', 'check_data',
+           'refuse_bad_data', 'is_black', 'unique_pixels', 'make_folds', 'coverage_strata', 'deal_groups',
+           'write_folds', 'read_folds', 'widen', 'PredictionStore']
 
 # %% ../nbs/01_data.ipynb #db61189d
 import contextlib, csv, hashlib, itertools, os, re, shutil, struct, zipfile, zlib
@@ -27,11 +27,12 @@ from .core import SaltError, write_atomic
 def refuse(
     problems: list[str],  # sentences, each naming its file or id
     place: str | Path,  # the folder or file they are about
+    advice: str,  # a sentence: what to do
 ) -> None:
     "`SaltError` with the first 20 problems and their number, if there are any."
     if problems:
         more = f"\n- and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise SaltError(f"{place}: {len(problems)} problem{'s' * (len(problems) > 1)}.\n- " + "\n- ".join(problems[:20]) + more)
+        raise SaltError(f"{place}: {len(problems)} problem{'s' * (len(problems) > 1)}.\n- " + "\n- ".join(problems[:20]) + f"{more}\n{advice}")
 
 
 def find_rows(
@@ -65,7 +66,7 @@ def read_by_id(
     path, values, problems = Path(path), {}, []
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            header, *rows = [row for row in csv.reader(file, strict=True) if row] or [[]]
+            (_, header), *rows = [(number, row) for number, row in enumerate(csv.reader(file, strict=True), 1) if row] or [(1, [])]
     except FileNotFoundError:
         return {}, [f"{path.name} is missing."]
     except (OSError, ValueError, csv.Error) as error:
@@ -74,7 +75,7 @@ def read_by_id(
         return {}, [f"{path.name} has no column {' and no column '.join(absent)}; its first line must name the columns."]
     if not rows:
         problems.append(f"{path.name} has no row below its header.")
-    for number, row in enumerate(rows, 2):
+    for number, row in rows:
         if len(row) != len(header):
             problems.append(f"{path.name} row {number} has {len(row)} cells, its header {len(header)}.")
             continue
@@ -318,6 +319,15 @@ class Tiles:
         return find_rows(self.ids, ids, "This set of tiles")
 
 
+def how_to_mend(
+    root: str | Path,  # data folder with problems
+) -> str:
+    "What to do about a data folder that is refused."
+    if not (Path(root) / "train.csv").exists():
+        return "README tells under 'With your Kaggle data' how to get them; --data names another folder."
+    return f"Mend or fetch these files again; salt check-data {root} lists everything that is wrong."
+
+
 def parse_depth(
     text: str,  # a cell of depths.csv
 ) -> int | None:  # feet; None if it is not a whole number
@@ -344,7 +354,7 @@ def load_tiles(
                 masks = stack_tiles(files["masks"], ids, problems, mask=True)
     except SaltError as error:
         raise SaltError(f"{root}: {error}") from None
-    refuse(problems + [f"depths.csv has no depth for {id}." for id in ids if depths.get(id) is None], root)
+    refuse(problems + [f"depths.csv has no depth for {id}." for id in ids if depths.get(id) is None], root, how_to_mend(root))
     ids, depths = np.array(ids, dtype=str), np.array([depths[id] for id in ids], dtype=int)
     order = [tiles for tiles in (after, Tiles(ids, images, masks, depths), before) if tiles is not None]
     return Tiles(np.concatenate([tiles.ids for tiles in order]), images, masks, np.concatenate([tiles.depths for tiles in order]))
@@ -365,7 +375,7 @@ def load_images(
     files = folder_files(folder, str(Path(folder).name))
     ids, problems = sorted(files.entries), list(files.problems)
     images = stack_tiles(files, ids, problems)
-    refuse(problems, folder)
+    refuse(problems, folder, "Name the folder that holds the tiles, and take out of it what is none.")
     return np.array(ids, dtype=str), images
 
 # %% ../nbs/01_data.ipynb #497fc3f6
@@ -430,7 +440,7 @@ def read_rle_csv(
 ) -> np.ndarray:  # bool [N,101,101]
     "Masks by id from a table of run-length codes. `SaltError` if the table is damaged, a code malformed or a tile missing."
     codes, problems = read_by_id(path, "rle_mask")
-    refuse(problems, path)
+    refuse(problems, path, "Correct the table, or name another.")
     rows = find_rows(list(codes), ids, str(path))
     codes, masks = list(codes.values()), np.zeros((len(rows), SIZE, SIZE), bool)
     for mask, id, row in zip(masks, ids, rows):
@@ -507,7 +517,7 @@ def refuse_bad_data(
     root: str | Path,  # data folder
 ) -> None:
     "`SaltError` with the first 20 problems of a data folder and their number, if there are any."
-    refuse(check_data(root), root)
+    refuse(check_data(root), root, how_to_mend(root))
 
 # %% ../nbs/01_data.ipynb #c4d7e9ad
 def is_black(
@@ -595,7 +605,7 @@ def read_folds(
     "Folds by id. `SaltError` if a tile is missing or there twice, or folds aren't numbered 0, 1, 2 ..."
     cells, problems = read_by_id(path, "fold")
     problems += [f"The fold of {id} is {shown(cell)}, not a whole number." for id, cell in cells.items() if not re.fullmatch("[0-9]{1,3}", cell)]
-    refuse(problems, path)
+    refuse(problems, path, "Correct the table, or name another.")
     folds = np.array([int(cell) for cell in cells.values()], dtype=int)[find_rows(list(cells), ids, str(path))]
     if (numbers := np.unique(folds).tolist()) != list(range(len(numbers))):
         raise SaltError(f"{path} has the train tiles in folds {numbers}: number folds 0, 1, 2 ... and leave none without a train tile.")

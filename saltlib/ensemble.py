@@ -132,7 +132,7 @@ def deal(
         members = order[sure[order] & (pixels > above) & (pixels <= upto) & (confident >= least) & ((greys > 1) | (upto > 0))]
         if upto == 0:
             members = members[::2]
-        ends = np.cumsum([0, *(round(runs[min(k, 3)] * len(table) / 18_000) for k in range(folds - 1))])
+        ends = np.cumsum([0, *(round(runs[min(k, 3)] * len(table) / 18_000 * 5 / folds) for k in range(folds - 1))])
         chosen[members[ends[fold] : ends[fold + 1] if fold + 1 < folds else None]] = True
     return chosen
 

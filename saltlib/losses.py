@@ -80,7 +80,9 @@ def lovasz_hinge(
     skip_empty: bool = False,  # loss 0 for tiles whose mask is empty
     symmetric: bool = False,  # mean of the losses for salt and for what is none
 ) -> torch.Tensor:  # scalar
-    "Lovász hinge of each tile, averaged over the batch."
+    "Lovász hinge of each tile, averaged over the batch. `SaltError` for another margin, or if the sizes differ."
+    if margin not in MARGINS:
+        raise SaltError(f"There is no margin {margin!r}: choose one of {', '.join(MARGINS)}.")
     logits, masks = pixel_rows(logits, masks)
     errors, order = (1 - logits * (2 * masks - 1)).sort(dim=1, descending=True)
     ranked = masks.gather(1, order)

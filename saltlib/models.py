@@ -182,7 +182,7 @@ def imagenet_weights(
 
     weights = get_model_weights(encoder).IMAGENET1K_V1
     given, name = os.environ.get("SALT_ENCODER_DIR"), Path(weights.url).name
-    advice = f"Put {name} ({weights.url}) into a folder and name it in SALT_ENCODER_DIR, or start without ImageNet weights (pretrained: false)."
+    advice = f"Put {name} ({weights.url}) into a folder and name it in SALT_ENCODER_DIR, or start without ImageNet weights (start: scratch in a recipe, pretrained=False in create_model)."
     if not given:
         try:
             return weights.get_state_dict(progress=False, check_hash=True)

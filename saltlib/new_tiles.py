@@ -12,12 +12,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import SaltError, read_record
+from .core import SaltError, project_root, read_record
 from .recipes import Step, find_run, full_name, read_recipe, step_folder
 
 # %% ../nbs/19_new_tiles.ipynb #c8d31c76
-PUBLISHED_V5 = re.compile(r"model_128_res34v5(?P<fold>\d)(?P<snapshot>\d)\.pth")
-PUBLISHED_BES = re.compile(r"unet_resnext_50_lovasz_stage_2_(?P<stage>[2-5])/fold_(?P<fold>\d)\.hdf5")
+PUBLISHED_V5 = re.compile(r"model_128_res34v5(?P<fold>[0-4])(?P<snapshot>[0-3])\.pth")
+PUBLISHED_BES = re.compile(r"unet_resnext_50_lovasz_stage_2_(?P<stage>[2-5])/fold_(?P<fold>[0-4])\.hdf5")
 
 
 @dataclass
@@ -33,10 +33,15 @@ class Member:
 def published_members(
     models: Path,  # folder with the released files, at any depth
 ) -> list[Member]:
-    "The released networks of the final ensemble, with the published weights; as published, phalanx is stretched over the tiles at hand."
+    "The released networks of the final ensemble, with the published weights; as published, phalanx is stretched over the tiles at hand. Says how many there are, if not all. `SaltError` if one is there twice."
     files = {str(p.relative_to(models)): p for p in sorted(models.rglob("*")) if p.suffix in (".pth", ".hdf5")}
     v5 = [(m["fold"], p) for name, p in files.items() if (m := PUBLISHED_V5.fullmatch(p.name))]
     bes = [(m["stage"], p) for name, p in files.items() if (m := PUBLISHED_BES.search(name))]
+    for name, times in Counter([p.name for _, p in v5] + ["/".join(p.parts[-2:]) for _, p in bes]).items():
+        if times > 1:
+            raise SaltError(f"{name} is there {times} times in {models}: leave one.")
+    if 0 < len(v5) + len(bes) < 38:
+        print(f"{models} has {len(v5)} of 18 phalanx_v5 and {len(bes)} of 20 bes_resnext50 networks; those that are there share the weight of their kind.", flush=True)
     snapshots, folds = Counter(fold for fold, _ in v5), Counter(stage for stage, _ in bes)
     return [Member(p, "phalanx_v5", "phalanx", 1 / snapshots[fold], None) for fold, p in v5] \
         + [Member(p, "bes_resnext50", "bes", (3 if stage == "2" else 1) / folds[stage]) for stage, p in bes]
@@ -78,7 +83,11 @@ def find_members(
     models: str | Path,  # a run's folder or its name in outputs, or a folder with the released files
 ) -> list[Member]:
     "The networks to predict with. `SaltError` if there are none."
-    models = find_run(models, "outputs") or Path(models)
+    try:
+        outputs = project_root() / "outputs"
+    except SaltError:  # outside of the project a run is given by its folder
+        outputs = Path("outputs")
+    models = find_run(models, outputs) or Path(models)
     if not models.is_dir():
         raise SaltError(f"There is no folder {models}: give that of a run, such as outputs/compact, its name, or one with released files.")
     members = run_members(models) if (models / "recipe.yaml").exists() else published_members(models)

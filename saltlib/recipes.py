@@ -153,6 +153,8 @@ class Phase(Strict):
             raise ValueError("repeat_train weighs train tiles against pseudo-labels: set data to train+pseudo, or leave it out")
         if self.shared and self.data != "pseudo":
             raise ValueError("a shared phase learns from pseudo-labels only, since a train tile is some fold's validation tile: set data to pseudo")
+        if self.shared and self.pseudo_labels.deal:
+            raise ValueError("deal gives each fold pseudo-labels of its own, and a shared phase belongs to no fold: leave one of the two out")
         if others := [name for name in self.predict_as if not same_network(name, self.model)]:
             raise ValueError(f"{self.model} can't predict as {others[0]}, another network: predict_as lists sizes of the network that is trained")
         return self
@@ -263,6 +265,8 @@ class Recipe(Strict):
                     raise ValueError(f"{where} starts from {phase.start}, which keeps several snapshots: set its weights to last or best")
                 if phase.shared and start and not (start.shared or start.synthetic) or phase.synthetic and start and not start.synthetic:
                     raise ValueError(f"{where} is shared by all folds and can't start from {phase.start}, which each fold has its own of")
+                if beyond := sorted(fold for fold in phase.fold_snapshots if not 0 <= fold < self.folds.n):
+                    raise ValueError(f"{where} has fold_snapshots of fold {beyond[0]}, but the folds are 0 to {self.folds.n - 1}")
                 if phase.pseudo and i == 0:
                     raise ValueError(f"{where} wants pseudo-labels, but no round comes before it")
                 known[where] = phase

@@ -8,12 +8,12 @@ __all__ = ['OpenStep', 'open_step', 'note_tiles', 'run_tiles', 'step_folds', 'sp
            'score_line', 'tiles_to_predict', 'print_tenths', 'round_ensemble', 'correct_by_mosaics', 'next_learners',
            'count_choices', 'choice_lines', 'confidences_asked', 'run_records', 'score_table', 'mean_row',
            'scores_by_place', 'compare_folds', 'run_histories', 'open_run', 'open_runs', 'different_settings',
-           'tile_scores', 'compare_scores', 'most_changed', 'open_ensemble', 'read_out_of_fold', 'read_predictions',
-           'check_same_tiles', 'blend_scores', 'blend_lines', 'blend_masks']
+           'tile_scores', 'contaminated_scores', 'compare_scores', 'most_changed', 'open_ensemble', 'read_out_of_fold',
+           'read_predictions', 'check_same_tiles', 'blend_scores', 'blend_lines', 'blend_masks']
 
 # %% ../nbs/15_steps.ipynb #c81d0f24
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -494,12 +494,22 @@ def tile_scores(
     return pd.DataFrame({name: pd.read_csv(run.folder / "out_of_fold.csv", dtype={"id": str}).set_index("id")["precision"] for name, run in runs.items()})
 
 
+def contaminated_scores(
+    scores: pd.DataFrame,  # of `tile_scores` or `blend_scores`
+    runs: dict[str, OpenStep],  # of `open_runs`
+) -> list[str]:  # columns
+    "Whose networks learned from networks that saw the scored tiles. A mean of runs is as contaminated as any of them."
+    any_of_them = any(run.contaminated for run in runs.values())
+    return [name for name in scores if (runs[name].contaminated if name in runs else any_of_them)]
+
+
 def compare_scores(
-    scores: pd.DataFrame,  # of `tile_scores`
-    contaminated: Collection[str] = (),  # runs whose networks learned from networks that saw the scored tiles
+    scores: pd.DataFrame,  # of `tile_scores` or `blend_scores`, or of other ways to predict
+    runs: dict[str, OpenStep] = {},  # those of `open_runs` that the scores are of
 ) -> pd.DataFrame:  # a row a run, then a row for each difference to the first run: tiles, mAP, low, high; tiles that are better and worse; a remark where scores are contaminated
     "Scores, and paired differences on the tiles that both runs scored, with 95 % intervals. `SaltError` if they have no tile in common."
     names, table = list(scores), {name: mean_row(scores[name].dropna()) for name in scores}
+    contaminated = contaminated_scores(scores, runs)
     marked = [*contaminated]
     for name in names[1:]:
         difference = (scores[name] - scores[names[0]]).dropna()
@@ -587,9 +597,9 @@ def blend_lines(
     scores: pd.DataFrame,  # of `blend_scores`
     runs: dict[str, OpenStep],  # of `open_runs`
 ) -> str:  # a line for the mean and for each run
-    "The same in words, for the terminal. The mean is as contaminated as any of its runs."
-    contaminated = {name: run.contaminated for name, run in runs.items()}
-    return "\n".join(f"{name}: {score_line(score(values.to_numpy()), len(values), contaminated.get(name, any(contaminated.values())))}" for name, values in scores.items())
+    "The same in words, for the terminal."
+    contaminated = contaminated_scores(scores, runs)
+    return "\n".join(f"{name}: {score_line(score(values.to_numpy()), len(values), name in contaminated)}" for name, values in scores.items())
 
 
 def blend_masks(

@@ -272,7 +272,7 @@ def test_a_second_run_waits_and_names_the_first_and_a_killed_one_holds_nothing(t
     assert hold(tmp_path / "project/outputs/other/.lock", "A run of other", wait=False)  # another recipe does not wait
     second = subprocess.Popen([*SALT, "run", "single.yaml"], cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        assert second.stdout.readline() == f"A run of single is at work already (begun by process {first.pid} on {socket.gethostname()}); waiting for it to end.\n"
+        assert second.stderr.readline() == f"A run of single is at work already (begun by process {first.pid} on {socket.gethostname()}); waiting for it to end.\n"
         first.send_signal(signal.SIGKILL)
         assert "data/demo: " in second.communicate(timeout=60)[1] and second.returncode == 1  # its turn: there are no data
     finally:
@@ -281,16 +281,19 @@ def test_a_second_run_waits_and_names_the_first_and_a_killed_one_holds_nothing(t
         first.communicate()
 
 
-@pytest.mark.parametrize("quiet, first", [(True, ""), (False, ""), (False, "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); ")])  # the last as a script's `salt run &`
-def test_the_end_of_a_run_is_the_end_of_all_its_processes(tmp_path, quiet, first):
-    "SIGTERM to its first process alone, as systemd or a scheduler may send it."
+@pytest.mark.parametrize("number, quiet, first", [
+    (signal.SIGTERM, True, ""), (signal.SIGTERM, False, ""), (signal.SIGTERM, False, "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "),  # the last as a script's `salt run &`
+    (signal.SIGINT, True, ""), (signal.SIGINT, False, ""),
+])
+def test_the_end_of_a_run_is_the_end_of_all_its_processes(tmp_path, number, quiet, first):
+    "A signal to its first process alone, as systemd, a scheduler or an editor's stop button may send it."
     command = [sys.executable, "-c", "import subprocess; subprocess.run(['sleep', '600'])"]
-    run = subprocess.Popen([sys.executable, "-c", f"{first}from saltlib.running import *; watch({command}, [], Progress('run', {{}}, {{}}, bool), {quiet}, False)"], cwd=tmp_path, start_new_session=True)
+    run = subprocess.Popen([sys.executable, "-c", f"{first}from saltlib.running import *; watch({command}, [], Progress('run', {{}}, {{}}, bool), {quiet}, False, patience=1)"], cwd=tmp_path, start_new_session=True)
     try:
         deadline = time.time() + 60
         while len(workers(tmp_path)) < 3 and time.time() < deadline:
             time.sleep(0.1)
-        run.terminate()
+        run.send_signal(number)
         run.wait(60)
         assert workers(tmp_path) == []
     finally:

@@ -223,7 +223,7 @@ def test_no_imagenet_weights_says_what_to_do(monkeypatch):
 
     monkeypatch.delenv("SALT_ENCODER_DIR", raising=False)
     monkeypatch.setattr(torchvision.models.ResNet34_Weights, "get_state_dict", offline)
-    with pytest.raises(SaltError, match="no route.*SALT_ENCODER_DIR.*pretrained: false"):
+    with pytest.raises(SaltError, match="no route.*SALT_ENCODER_DIR.*start: scratch"):
         create_model("phalanx_v3", pretrained=True)
 
 
