@@ -12,8 +12,8 @@ from pathlib import Path
 
 from .core import SaltError, gpu_works, project_root, read_json, runs_folder, visible_gpus, write_atomic
 from .new_tiles import predict_folder
-from .recipes import read_recipe, recipe_folder
-from .running import SCORE_NOTE, execute_notebook, find_recipe, from_root, load_recipe, run_recipe, run_step, status_rows
+from .recipes import recipe_folder
+from .running import SCORE_NOTE, execute_notebook, find_recipe, from_root, load_recipe, read_run, run_recipe, run_step, status_rows
 
 # %% ../nbs/20_cli.ipynb #b5f605ca
 def print_states(
@@ -41,7 +41,7 @@ def list_runs() -> None:
     for file in sorted(Path("outputs").glob("*/recipe.yaml")):
         name = file.parent.name
         try:
-            rows = status_rows(read_recipe(file).model_copy(update={"name": name}), Path("outputs"))  # a copy of a run may have another name
+            rows = status_rows(read_run(file), Path("outputs"))
         except SaltError as error:  # of another version, or damaged: that hides no other run
             found.append((name, "failed", str(error).splitlines()[0]))
             continue
@@ -55,10 +55,10 @@ def show_status(
     name: str,  # a recipe, as in `find_recipe`
 ) -> bool:  # True if all steps are done
     "Print a table of the steps of a run, with the settings that it was last begun with."
-    recipe = read_recipe(find_recipe(name))
+    recipe = read_run(find_recipe(name))
     os.chdir(project_root())
     if (begun := recipe_folder(recipe, "outputs") / "recipe.yaml").exists():
-        recipe = read_recipe(begun)
+        recipe = read_run(begun)
     rows = status_rows(recipe, Path("outputs"))
     print_states(rows, ("step", "status", "result or error"), f"{recipe.name}: {sum(row[1] == 'done' for row in rows)} of {len(rows)} steps done")
     return all(row[1] == "done" for row in rows)
@@ -181,7 +181,7 @@ def make_parser() -> argparse.ArgumentParser:
     output.add_argument("-v", "--verbose", action="store_true", help="every line of every step, also on a terminal")
     status = command("status", "Show which steps of a recipe are done, running, failed or missing; the exit status is 1 unless all are done. Without a name: all runs in outputs.", epilog="example: salt status compact")
     for sub, one in ((run, {}), (status, {"nargs": "?"})):
-        sub.add_argument("recipe", metavar="RECIPE", **one, help="name of a recipe in nbs/runs/recipes or of a run in outputs, or a YAML file")
+        sub.add_argument("recipe", metavar="RECIPE", **one, help="name of a recipe in nbs/runs/recipes or of a run in outputs, a run's folder, or a YAML file")
     run.add_argument("--data", metavar="DIR", help="data folder instead of the recipe's")
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe, e.g. 'rounds.*.phases.*.epochs=1'")
     mosaic = command("mosaic", "Put the sections together again that the tiles were cut from.", epilog="example: salt mosaic --data data --out outputs/mosaics")
@@ -198,7 +198,7 @@ def make_parser() -> argparse.ArgumentParser:
     predict.add_argument("--models", metavar="DIR", help="name of a run in outputs, its folder, or one with the files released in 2018 under their published names")
     predict.add_argument("--out", metavar="FILE", help="the table id,rle_mask to write")
     predict.add_argument("--settings", metavar="FILE", help='JSON file with the same: {"images": "...", "models": "...", "out": "..."}')
-    predict.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    predict.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where the networks compute (default: a GPU if there is one)")
     bench = command("bench", "Measure how fast this machine does each part, beside a plain reference, and with how much memory (some minutes).", epilog="example: salt bench --json bench.json")
     bench.add_argument("--quick", action="store_true", help="a few tiles of each: shows that it works, not how fast")
     bench.add_argument("--scale", action="store_true", help="instead, how time and memory grow with 1, 4 and 16 times the tiles")

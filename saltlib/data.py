@@ -71,8 +71,8 @@ def read_by_id(
         return {}, [f"{path.name} is missing."]
     except (OSError, ValueError, csv.Error) as error:
         return {}, [f"{path.name} can't be read ({error})."]
-    if absent := [name for name in ("id", column) if name not in header]:
-        return {}, [f"{path.name} has no column {' and no column '.join(absent)}; its first line must name the columns."]
+    if wrong := [name for name in ("id", column) if header.count(name) != 1]:
+        return {}, [f"{path.name} must have one column {' and one column '.join(wrong)}, named in its first line and separated by commas; that line is {shown(','.join(header))}."]
     if not rows:
         problems.append(f"{path.name} has no row below its header.")
     for number, row in rows:
@@ -382,7 +382,10 @@ def load_images(
 def encode_masks(
     masks: np.ndarray,  # bool (or 0 and another value) [N,H,W]
 ) -> list[str]:  # [N] run-length codes
-    "Run-length codes of many masks."
+    "Run-length codes of many masks. `SaltError` for what is none, such as probabilities."
+    masks = np.asarray(masks)
+    if masks.ndim != 3 or masks.dtype.kind == "f":
+        raise SaltError(f"Masks are True and False, [N,H,W], and not {masks.dtype} {list(masks.shape)}: compare probabilities with a threshold first, e.g. probs > 0.5.")
     codes, width = [], int(np.prod(masks.shape[1:])) + 1
     for start in range(0, len(masks), 256):  # blocks that fit the processor's cache
         block = masks[start : start + 256]

@@ -309,6 +309,8 @@ def load_networks(
     files: list[Path],  # weights of `save_weights`, one file a network
 ) -> list[torch.nn.Module]:
     "The trained networks in these files. `SaltError` if one is missing, damaged or of another model."
+    if isinstance(files, str | Path):
+        raise SaltError(f"Give a list of files, such as [{str(files)!r}], one a network.")
     networks = [create_model(model_name) for _ in files]
     for network, file in zip(networks, files):
         load_weights(network, file)

@@ -97,11 +97,11 @@ def bootstrap_interval(
 
 
 def score(
-    precision: np.ndarray,  # float [N], of each tile; N at least 1
+    precision: np.ndarray,  # float [N], of each tile; NaN is left out; N at least 1
 ) -> dict[str, float]:  # mAP, mAP_low, mAP_high
     "The mean over tiles with its 95 % interval. `SaltError` without tiles."
     low, high = bootstrap_interval(precision)
-    return {"mAP": float(np.mean(precision)), "mAP_low": float(low), "mAP_high": float(high)}
+    return {"mAP": float(np.nanmean(precision)), "mAP_low": float(low), "mAP_high": float(high)}
 
 
 # %% ../nbs/04_metrics.ipynb #3e7df978

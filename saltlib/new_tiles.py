@@ -129,6 +129,8 @@ def predict_folder(
     out = Path(out)
     if out.is_dir() or not out.parent.is_dir():
         raise SaltError(f"The result can't be written to {out}: name a file in a folder that is there.")
+    if out.resolve().parent == Path(images).resolve():
+        raise SaltError(f"The result can't be written to {out}, among the tiles, where nothing else may lie: name a file in another folder.")
     members = find_members(models)
     ids, tiles = load_images(images)
 

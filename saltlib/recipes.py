@@ -11,6 +11,7 @@ __all__ = ['Name', 'PhaseName', 'Snapshots', 'ModelName', 'PARTS', 'Strict', 'Ad
            'check_settings', 'write_recipe']
 
 # %% ../nbs/14_recipes.ipynb #b36c8219
+import os
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -249,6 +250,11 @@ class Recipe(Strict):
     postprocess: tuple[Literal["published", "continued"], ...] = ()  # mosaic rules that correct the submission; the first that speaks of a tile decides
     rounds: dict[Name, Round] = Field(min_length=1)
 
+    @field_validator("data")
+    @classmethod
+    def one_spelling(cls, folder):  # data/demo/ is no other folder than data/demo
+        return os.path.normpath(folder)
+
     @model_validator(mode="after")
     def names_exist(self):
         known = {}
@@ -348,11 +354,16 @@ def in_words(
     if error["type"] == "extra_forbidden":
         known = {name for part in Strict.__subclasses__() for name in part.model_fields}
         close = get_close_matches(place[-1], known, 1)
-        said = "there is no such key here" + (f"; {close[0]} is meant?" if close else "")
+        homes = [part.__name__ for part in Strict.__subclasses__() if place[-1] in part.model_fields]
+        said = "there is no such key here" + (f", but in {' and '.join(homes)}" if homes else f"; {close[0]} is meant?" if close else "")
     elif error["type"] == "missing":
         said = "is missing"
     elif error["type"] == "union_tag_not_found":
         said = "has no name: say which one it is"
+    elif error["type"] == "tuple_type":
+        said = "must be a list, such as [...]"
+    elif error["type"] in ("model_type", "dict_type"):
+        said = "must have keys and values, such as {key: value}"
     return f"{'.'.join(place) or 'recipe'}: {said}"
 
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCORE_NOTE', 'FOLLOWS', 'check_parameters', 'say', 'LabelledLines', 'execute_notebook', 'hold', 'holder', 'hold_gpu',
-           'run_step', 'Progress', 'signal_all', 'interrupt_all', 'watch', 'find_recipe', 'from_root', 'load_recipe',
-           'outdated_steps', 'steps_until', 'count_tiles', 'training_passes', 'measured_rates', 'expected_cost',
-           'notebook_error', 'training_progress', 'status_rows', 'find_profile', 'report_page', 'clear_outdated',
-           'snakemake_command', 'make_progress', 'print_outcome', 'run_recipe']
+           'run_step', 'Progress', 'signal_all', 'interrupt_all', 'watch', 'find_recipe', 'read_run', 'from_root',
+           'load_recipe', 'outdated_steps', 'steps_until', 'count_tiles', 'training_passes', 'measured_rates',
+           'expected_cost', 'notebook_error', 'training_progress', 'status_rows', 'find_profile', 'report_page',
+           'clear_outdated', 'snakemake_command', 'make_progress', 'print_outcome', 'run_recipe']
 
 # %% ../nbs/18_running.ipynb #e3e2b213
 import contextlib, csv, fcntl, io, os, re, shutil, signal, socket, subprocess, sys, tempfile, time
@@ -296,14 +296,23 @@ def watch(
 
 # %% ../nbs/18_running.ipynb #b72d4e01
 def find_recipe(
-    name: str,  # a recipe in nbs/runs/recipes, a run in outputs, or a YAML file
+    name: str,  # a recipe in nbs/runs/recipes, a run in outputs or its folder, or a YAML file
 ) -> Path:
-    "The recipe's file; `SaltError` lists the recipes there are."
-    recipes = runs_folder() / "recipes"
-    for path in (recipes / f"{name}.yaml", project_root() / "outputs" / name / "recipe.yaml", Path(name)):
+    "The recipe's file; `SaltError` lists the recipes and runs there are."
+    recipes, outputs = runs_folder() / "recipes", project_root() / "outputs"
+    for path in (recipes / f"{name}.yaml", outputs / name / "recipe.yaml", Path(name) / "recipe.yaml", Path(name)):
         if path.is_file():
             return path
-    raise SaltError(f"There is no recipe {name}: give a YAML file or one of {', '.join(sorted(p.stem for p in recipes.glob('*.yaml')))}.")
+    runs = ", ".join(sorted(file.parent.name for file in outputs.glob("*/recipe.yaml"))) or "none yet"
+    raise SaltError(f"There is no recipe or run {name}: give a YAML file, a recipe ({', '.join(sorted(p.stem for p in recipes.glob('*.yaml')))}), or a run in outputs ({runs}).")
+
+
+def read_run(
+    path: Path,  # of `find_recipe`
+) -> Recipe:
+    "The recipe; that of a run in outputs has the name of its folder, which a copied or renamed one does not know."
+    recipe, folder = read_recipe(path), path.resolve().parent
+    return recipe.model_copy(update={"name": folder.name}) if path.name == "recipe.yaml" and folder.parent == project_root() / "outputs" else recipe
 
 
 def from_root(
@@ -320,8 +329,10 @@ def load_recipe(
     data: str | None,  # data folder instead of the recipe's
     changes: list[str],  # as given to --set
 ) -> Recipe:
-    "The recipe with its changes, its data folder seen from the project's top."
-    recipe = read_recipe(find_recipe(name), changes)
+    "The recipe with its changes, its data folder seen from the project's top. `SaltError` for a run that was renamed or copied, whose records name another."
+    recipe = read_recipe(path := find_recipe(name), changes)
+    if (begun := read_recipe(path).name) != read_run(path).name:
+        raise SaltError(f"{path.parent} was {begun} when its steps were made, and their records say so: rename it to {begun}, and run that.")
     if data is not None:
         recipe = recipe.model_copy(update={"data": from_root(Path(data), project_root())})
     return recipe
@@ -481,7 +492,9 @@ def status_rows(
         except SaltError as error:  # a damaged record hides no other step
             rows.append((str(step), "failed", str(error)))
             continue
-        if record:
+        if record and (gone := [name for name in record["files"] if not (folder / name).exists()]):
+            rows.append((str(step), "missing", f"{gone[0]} is gone: salt run makes it again"))
+        elif record:
             figures = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record["metrics"].items())
             rows.append((str(step), "done", f"{figures} ({record['seconds']:.0f} s)"))
         elif worker := holder(folder / ".lock"):
@@ -619,6 +632,8 @@ def run_recipe(
         cost = expected_cost(recipe, steps, outputs, use_gpu) if steps else ()
         print(*filter(None, outdated.values()), *steps, f"{len(steps)} of {len(recipe_steps(recipe))} steps would run.", *cost, sep="\n")
         return
+    if cluster and "executor: slurm" in (cluster / "config.yaml").read_text() and not shutil.which("sbatch"):
+        raise SaltError(f"--profile {profile} hands the steps to Slurm, but there is no command sbatch here: run it on a machine of the cluster.")
     from saltlib.nursery import nursery
 
     status = 0
@@ -635,7 +650,7 @@ def run_recipe(
             command = snakemake_command(recipe, outputs, wanted if until else [], cluster, cores or usable_cores(), gpus, per_gpu, use_gpu)
             with contextlib.nullcontext() if cluster or sys.platform != "linux" else nursery():
                 # Snakemake inherits the lock: as long as it works, also after this process was killed, no other run begins.
-                status = watch(command, [lock.fileno()], make_progress(recipe, steps, outputs), quiet, verbose, patience=60 if cluster else 10)
+                status = watch(command, [lock.fileno()], make_progress(recipe, steps, outputs), quiet, verbose, 60 if cluster else 10)
     if status:
         failed = [row for row in status_rows(recipe, outputs) if row[1] == "failed"]
         reasons = [f"  {row[0]}: {row[2]}" for row in failed] or [f"  no step says why; Snakemake's own account is the newest file in {folder}/.snakemake/log"]

@@ -369,7 +369,7 @@ def choice_lines(
     counts: pd.DataFrame,  # of `count_choices`
 ) -> str:  # a line a phase
     "The same in words, for the terminal."
-    lines = [f"{phase} of the next round will choose pseudo-labels: " + ", ".join(f"{fold} {n:.0f}" for fold, n in row.dropna().items()) for phase, row in counts.iterrows()]
+    lines = [f"{phase} of the next round will choose pseudo-labels: " + ", ".join(f"{n:.0f} tiles for {fold}" for fold, n in row.dropna().items()) for phase, row in counts.iterrows()]
     return "\n".join(lines) or "No phase of a next round learns from these pseudo-labels."
 
 
@@ -560,7 +560,7 @@ def read_predictions(
     ids: np.ndarray,  # train and test tiles
 ) -> tuple[np.ndarray, np.ndarray]:  # ids of those that have a prediction, and their probabilities [n,101,101]
     "What the last round's ensemble says: about train tiles out of fold, if their fold was run, about test tiles in the mean of all folds."
-    scored, store = tile_scores({"": run}).index, PredictionStore(run.folder / "predictions.zarr")
+    ids, scored, store = np.asarray(ids, dtype=str), tile_scores({"": run}).index, PredictionStore(run.folder / "predictions.zarr")
     train, test = ids[np.isin(ids, scored)], ids[np.isin(ids, store.ids)]
     return np.concatenate([train, test]), np.concatenate([read_out_of_fold(run, ensemble, train), store.read(test)])
 

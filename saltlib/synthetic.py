@@ -209,11 +209,16 @@ def model_section(
 
 
 def to_grey(
-    amplitudes: np.ndarray,  # float [...,H,W]
-) -> np.ndarray:  # uint8 [...,H,W], smallest amplitude 0, largest 255
-    "Grey values; the contrast of each picture is stretched by itself."
+    amplitudes: np.ndarray,  # [...,H,W], finite
+) -> np.ndarray:  # uint8 [...,H,W], smallest amplitude 0, largest 255; 0 throughout where all are the same
+    "Grey values; the contrast of each picture is stretched by itself. `SaltError` for amplitudes that are no finite numbers."
+    amplitudes = np.asarray(amplitudes)
+    if amplitudes.dtype.kind != "f":  # differences of 16-bit integers, as SEG-Y may hold them, leave their range
+        amplitudes = amplitudes.astype(np.float64)
+    if not np.isfinite(amplitudes).all():
+        raise SaltError(f"{np.count_nonzero(~np.isfinite(amplitudes))} amplitudes are no finite numbers: cut off what is muted or missing, or set it to 0, e.g. with np.nan_to_num.")
     low, high = amplitudes.min(axis=(-2, -1), keepdims=True), amplitudes.max(axis=(-2, -1), keepdims=True)
-    return np.rint((amplitudes - low) * (255 / np.maximum(high - low, 1e-9))).astype(np.uint8)
+    return np.rint((amplitudes - low) * (255 / np.where(high > low, high - low, 1))).astype(np.uint8)
 
 
 def make_section(

@@ -193,8 +193,10 @@ DAMAGE = {
     "no train.csv": (unlink("train.csv"), ["train.csv is missing"]),
     "no sample": (unlink("sample_submission.csv"), ["sample_submission.csv is missing"]),
     **{f"only the header of {name}": (lambda root, name=name: write(name, (root / name).read_bytes().split(b"\n")[0])(root), [f"{name} has no row below its header"]) for name in ("depths.csv", "train.csv", "sample_submission.csv")},
-    "column missing": (replace("train.csv", "rle_mask", "rle"), ["train.csv has no column rle_mask"]),
-    "both columns missing": (write("depths.csv", b""), ["depths.csv has no column id and no column z"]),
+    "column missing": (replace("train.csv", "rle_mask", "rle"), ["train.csv must have one column rle_mask, named in its first line and separated by commas; that line is 'id,rle'"]),
+    "column twice": (replace("depths.csv", "id,z", "id,z,z"), ["depths.csv must have one column z"]),
+    "semicolons": (replace("train.csv", ",", ";"), ["that line is 'id;rle_mask'"]),
+    "both columns missing": (write("depths.csv", b""), ["depths.csv must have one column id and one column z"]),
     "table of bytes": (write("depths.csv", bytes(range(256))), ["depths.csv can't be read"]),
     "quote left open": (replace("depths.csv", "t0", '"t0'), ["depths.csv can't be read"]),
     "too many cells": (replace("depths.csv", "t0,100", "t0,100,7"), ["depths.csv row 2 has 3 cells", "train and test has t0"]),
@@ -525,7 +527,7 @@ def test_fold_files(tmp_path):
     assert read_folds(own, ["a", "b"]).tolist() == [0, 1]
     for content, words in {
         "id,fold\na,0\n": "lacks 1 of 2", "id,fold\na,0\nb,x\n": "'x', not a whole number", "id,fold\na,0\nb,1\nb,1\n": "b a second time",
-        "id,fold\na,1\nb,2\n": r"folds \[1, 2\]", "id,folds\na,1\n": "no column fold", "id,fold\na,-1\nb,0\n": "not a whole number",
+        "id,fold\na,1\nb,2\n": r"folds \[1, 2\]", "id,folds\na,1\n": "one column fold", "id,fold\na,-1\nb,0\n": "not a whole number",
     }.items():
         own.write_text(content)
         with pytest.raises(SaltError, match=words):

@@ -448,6 +448,11 @@ def test_kernels_are_forked_but_for_a_cluster(tmp_path, monkeypatch, gpus, profi
     seen = []
     monkeypatch.setattr(running, "visible_gpus", lambda: gpus)
     monkeypatch.setattr(running, "watch", lambda *_: seen.append("SALT_NURSERY" in os.environ))
+    if profile:
+        monkeypatch.setattr(running.shutil, "which", lambda name: None)
+        with pytest.raises(SaltError, match="no command sbatch here"):
+            running.run_recipe(running.load_recipe("demo", None, []), profile=profile, quiet=True)
+        monkeypatch.setattr(running.shutil, "which", lambda name: name)
     running.run_recipe(running.load_recipe("demo", None, []), profile=profile, quiet=True)
     assert seen == [forked] and "SALT_NURSERY" not in os.environ
 
