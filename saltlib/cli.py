@@ -163,7 +163,7 @@ def positive(
 
 def make_parser() -> argparse.ArgumentParser:
     "The subcommands and their options."
-    parser = argparse.ArgumentParser("salt", description="Find salt bodies in seismic tiles: the TGS challenge's winning method and more.", epilog="example: salt demo; then, with the competition's data in data/, salt run compact")
+    parser = argparse.ArgumentParser("salt", description="Find salt bodies in seismic tiles: the TGS challenge's winning method and more.", epilog="example: salt demo")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = lambda name, text, **more: commands.add_parser(name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
