@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .core import SaltError, gpu_works, project_root, read_json, runs_folder, visible_gpus, write_atomic
 from .new_tiles import predict_folder
-from .recipes import recipe_folder
+from .recipes import recipe_folder, run_names
 from .running import SCORE_NOTE, execute_notebook, find_recipe, from_root, load_recipe, read_run, run_recipe, run_step, status_rows
 
 # %% ../nbs/20_cli.ipynb #b5f605ca
@@ -38,10 +38,9 @@ def list_runs() -> None:
     "Print a table of the runs in outputs: what each is at, its steps, and the score of its last finished round."
     os.chdir(project_root())
     found = []
-    for file in sorted(Path("outputs").glob("*/recipe.yaml")):
-        name = file.parent.name
+    for name in run_names("outputs"):
         try:
-            rows = status_rows(read_run(file), Path("outputs"))
+            rows = status_rows(read_run(Path("outputs") / name / "recipe.yaml"), Path("outputs"))
         except SaltError as error:  # of another version, or damaged: that hides no other run
             found.append((name, "failed", str(error).splitlines()[0]))
             continue

@@ -7,8 +7,8 @@ __all__ = ['Name', 'PhaseName', 'Snapshots', 'ModelName', 'PARTS', 'Strict', 'Ad
            'Cosine', 'PseudoLabels', 'Synthetic', 'same_network', 'Phase', 'Members', 'Round', 'Folds', 'Recipe',
            'full_name', 'set_value', 'count_values', 'refuse_twins', 'in_words', 'parse_recipe', 'read_recipe', 'Step',
            'fold_of', 'members', 'recipe_steps', 'previous_round', 'step_inputs', 'trainings_beside', 'is_contaminated',
-           'recipe_folder', 'find_run', 'step_folder', 'rules_in_use', 'step_arguments', 'fold_file', 'begun_settings',
-           'check_settings', 'write_recipe']
+           'recipe_folder', 'find_run', 'run_names', 'step_folder', 'rules_in_use', 'step_arguments', 'fold_file',
+           'begun_settings', 'check_settings', 'write_recipe']
 
 # %% ../nbs/14_recipes.ipynb #b36c8219
 import os
@@ -523,6 +523,13 @@ def find_run(
 ) -> Path | None:  # its folder; None if there is none
     "Where a run lies that was begun."
     return next((folder for folder in (Path(run), Path(outputs) / run) if (folder / "recipe.yaml").is_file()), None)
+
+
+def run_names(
+    outputs: str | Path,  # the project's outputs folder
+) -> list[str]:  # sorted
+    "The runs that were begun there."
+    return sorted(file.parent.name for file in Path(outputs).glob("*/recipe.yaml"))
 
 
 def step_folder(

@@ -19,7 +19,7 @@ import psutil
 
 from .core import SaltError, changed_files, checksum, project_root, read_json, read_record, runs_folder, usable_cores, visible_gpus, write_atomic
 from .data import refuse_bad_data
-from .recipes import Recipe, Step, check_settings, read_recipe, recipe_folder, recipe_steps, step_folder, step_inputs, write_recipe
+from .recipes import Recipe, Step, check_settings, read_recipe, recipe_folder, recipe_steps, run_names, step_folder, step_inputs, write_recipe
 
 # papermill and nbformat load jsonschema, which would build a grammar of web addresses for 3 s if it could; notebooks hold none.
 sys.modules["rfc3987_syntax"] = sys.modules.get("rfc3987_syntax")
@@ -303,8 +303,7 @@ def find_recipe(
     for path in (recipes / f"{name}.yaml", outputs / name / "recipe.yaml", Path(name) / "recipe.yaml", Path(name)):
         if path.is_file():
             return path
-    runs = ", ".join(sorted(file.parent.name for file in outputs.glob("*/recipe.yaml"))) or "none yet"
-    raise SaltError(f"There is no recipe or run {name}: give a YAML file, a recipe ({', '.join(sorted(p.stem for p in recipes.glob('*.yaml')))}), or a run in outputs ({runs}).")
+    raise SaltError(f"There is no recipe or run {name}: give a YAML file, a recipe ({', '.join(sorted(p.stem for p in recipes.glob('*.yaml')))}), or a run in outputs ({', '.join(run_names(outputs)) or 'none yet'}).")
 
 
 def read_run(
@@ -632,7 +631,7 @@ def run_recipe(
         cost = expected_cost(recipe, steps, outputs, use_gpu) if steps else ()
         print(*filter(None, outdated.values()), *steps, f"{len(steps)} of {len(recipe_steps(recipe))} steps would run.", *cost, sep="\n")
         return
-    if cluster and "executor: slurm" in (cluster / "config.yaml").read_text() and not shutil.which("sbatch"):
+    if cluster and re.search(r"(?m)^executor: *slurm\b", (cluster / "config.yaml").read_text()) and not shutil.which("sbatch"):
         raise SaltError(f"--profile {profile} hands the steps to Slurm, but there is no command sbatch here: run it on a machine of the cluster.")
     from saltlib.nursery import nursery
 

@@ -27,7 +27,7 @@ from .ensemble import Ensemble, Group, averaged_ahead, choose_pseudo_labels, dec
 from .metrics import precision_at_iou, score
 from .mosaic import CLOSE, closest_known, mosaic_groups
 from .postprocess import correct_codes, find_sources, straight_masks, straight_rows
-from .recipes import Members, Phase, Recipe, Step, find_run, fold_file, fold_of, full_name, is_contaminated, previous_round, read_recipe, recipe_folder, recipe_steps, rules_in_use, step_arguments, step_folder, step_inputs
+from .recipes import Members, Phase, Recipe, Step, find_run, fold_file, fold_of, full_name, is_contaminated, previous_round, read_recipe, recipe_folder, recipe_steps, rules_in_use, run_names, step_arguments, step_folder, step_inputs
 from .synthetic import make_tiles
 
 # %% ../nbs/15_steps.ipynb #ab82d517
@@ -459,8 +459,7 @@ def open_run(
     if (folder := find_run(run, outputs)) is None:
         if any((place / "blend.ipynb").is_file() for place in (Path(run), Path(outputs) / run)):
             raise SaltError(f"{run} is the mean of several runs, made by salt blend: give these runs themselves; out_of_fold.csv in it has its scores beside theirs.")
-        there = ", ".join(sorted(file.parent.name for file in Path(outputs).glob("*/recipe.yaml"))) or "none yet"
-        raise SaltError(f"There is no run {run}: give a run's folder (with recipe.yaml), or the name of one in {outputs} ({there}).")
+        raise SaltError(f"There is no run {run}: give a run's folder (with recipe.yaml), or the name of one in {outputs} ({', '.join(run_names(outputs)) or 'none yet'}).")
     recipe = read_recipe(folder / "recipe.yaml").model_copy(update={"name": folder.name})  # a copy of a run may have another name
     step = Step("ensemble", list(recipe.rounds)[-1])
     if read_record(place := step_folder(recipe, step, folder.parent), verify=True) is None:
