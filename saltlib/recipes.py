@@ -272,7 +272,7 @@ class Recipe(Strict):
                 if phase.shared and start and not (start.shared or start.synthetic) or phase.synthetic and start and not start.synthetic:
                     raise ValueError(f"{where} is shared by all folds and can't start from {phase.start}, which each fold has its own of")
                 if beyond := sorted(fold for fold in phase.fold_snapshots if not 0 <= fold < self.folds.n):
-                    raise ValueError(f"{where} has fold_snapshots of fold {beyond[0]}, but the folds are 0 to {self.folds.n - 1}")
+                    raise ValueError(f"{where} has fold_snapshots of fold {beyond[0]}, but the folds are 0 to {self.folds.n - 1}: leave it out, or all of them with fold_snapshots={{}}")
                 if phase.pseudo and i == 0:
                     raise ValueError(f"{where} wants pseudo-labels, but no round comes before it")
                 known[where] = phase

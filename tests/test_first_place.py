@@ -27,7 +27,7 @@ def shortened(project: Path, name: str, **changes) -> Path:
     recipe |= {"name": name, "data": "data/demo", "device": "cpu", "folds": {"n": 2, "use": [0, 1]}} | changes
     for round_ in recipe["rounds"].values():
         for phase in round_["phases"].values():
-            phase |= {"epochs": 1, "batch_size": 2, "start": phase["start"].replace("imagenet", "scratch")}
+            phase |= {"epochs": 1, "batch_size": 2, "start": phase["start"].replace("imagenet", "scratch"), "fold_snapshots": {}}
             if "pseudo_labels" in phase:
                 phase["pseudo_labels"] = phase["pseudo_labels"] | {"confidence": 0}
     (project / f"{name}.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
@@ -146,6 +146,10 @@ def test_three_rounds_with_one_phase_of_each_kind(tmp_path):
     assert "contaminated" in (run / "report/report.html").read_text()
     before = records(project, "kinds")
     assert "0 of 18 steps to run" in salt(project, "run", path).stdout and records(project, "kinds") == before
+
+
+def test_the_recipe_of_the_long_test_is_valid(tmp_path):
+    assert len(recipe_steps(read_recipe(shortened(tmp_path, "whole")))) == 57
 
 
 @pytest.mark.full
