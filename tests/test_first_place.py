@@ -43,7 +43,7 @@ def one_of_each_kind(path: Path) -> None:
             del phases[name]
     first["bes_3"]["start"], second["bes_2"]["start"] = "round1/bes_1", "round2/bes_0"
     for phase, cycles, weights in ((first["phalanx_v4"], 1, [0]), (second["phalanx_v3"], 1, [0]), (third["phalanx_v5_pre"], 1, "last"), (third["phalanx_v5"], 3, [1, 2])):
-        phase |= {"schedule": phase["schedule"] | {"cycles": cycles}, "weights": weights, "fold_snapshots": {}}
+        phase |= {"schedule": phase["schedule"] | {"cycles": cycles}, "weights": weights}
     for name, members in (("round1", {"bes_3": 1}), ("round2", {"bes_2": 3}), ("round3", {"round2/bes_2": 3})):
         recipe["rounds"][name]["ensemble"]["bes"]["members"] = members
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
