@@ -12,16 +12,14 @@ __all__ = ['ID', 'SIZE', 'LARGEST_FILE', 'CHUNK', 'refuse', 'find_rows', 'shown'
 
 # %% ../nbs/01_data.ipynb #db61189d
 import contextlib, csv, hashlib, itertools, os, re, shutil, struct, zipfile, zlib
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from .core import SaltError, write_atomic
+from .core import SaltError, ahead, usable_cores, write_atomic, writing
 
 # %% ../nbs/01_data.ipynb #6e7a26ca
 def refuse(
@@ -264,21 +262,12 @@ def decode_all(
     def decode(block):
         return [(id, data if isinstance(data, SaltError) else attempt(decode_png, data, f"{files.place}/{id}.png", mask)) for id, data in block]
 
-    def results(pool):
-        waiting = deque()
-        for start in range(0, len(ids), 64):
-            waiting.append(pool.submit(decode, [(id, attempt(files.read, id)) for id in ids[start : start + 64]]))
-            if len(waiting) == 16:
-                yield from waiting.popleft().result()
-        for block in waiting:
-            yield from block.result()
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for id, result in results(pool):
-            if isinstance(result, SaltError):
-                problems.append(str(result))
-            else:
-                yield id, result
+    blocks = ([(id, attempt(files.read, id)) for id in ids[start : start + 64]] for start in range(0, len(ids), 64))
+    for id, result in itertools.chain.from_iterable(ahead(decode, blocks, threads=min(8, usable_cores()), waiting=15)):
+        if isinstance(result, SaltError):
+            problems.append(str(result))
+        else:
+            yield id, result
 
 
 def stack_tiles(
@@ -456,9 +445,9 @@ def read_rle_csv(
 # %% ../nbs/01_data.ipynb #d566ea41
 def check_ids(
     name: str,  # of the files or table whose ids are looked at
-    ids: Iterable[str],
+    ids: Collection[str],
     other_name: str,  # of what must have the same ids
-    other_ids: Iterable[str],
+    other_ids: Collection[str],
 ) -> list[str]:
     "The ids that one of two has and the other lacks. Silent if either is empty: then it is missing as a whole, which is said elsewhere."
     if not ids or not other_ids:
@@ -512,7 +501,7 @@ def check_data(
             problems.append(str(error))
     if len(listed) == 2 and all(listed.values()):
         problems += [f"{id} is both a train and a test tile." for id in sorted(listed["train"].keys() & listed["test"].keys())]
-        problems += check_ids("depths.csv", tables["depths.csv"], "train and test", listed["train"].keys() | listed["test"].keys())
+        problems += check_ids("depths.csv", tables["depths.csv"], "the set of tiles", listed["train"].keys() | listed["test"].keys())
     return problems
 
 
@@ -721,12 +710,10 @@ class PredictionStore:
             raise SaltError(f"{self.path}: the predictions for rows {rows.start} to {rows.stop} are not all between 0 and 1 ({probs.min()} to {probs.max()}).")
         flags = self._flags.copy()
         flags[rows.start // CHUNK : -(-rows.stop // CHUNK)] = True
-        try:
+        with writing(self.path, "; what was written before is kept"):
             # Less than the smallest normal half-precision number is 0: subnormal ones convert ten times slower.
             self._probs[rows] = np.where(probs < 2**-14, 0, np.minimum(probs, 1)).astype(np.float16)
             self._written[:] = flags
-        except OSError as error:
-            raise SaltError(f"{self.path} could not be written ({error.strerror}): make room or permission there, then repeat the command; what was written before is kept.") from error
         self._flags = flags
 
     def read(

@@ -18,7 +18,7 @@ import torch.fx
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .core import SaltError, autocast, half_dtype, pick_device
-from .data import PredictionStore
+from .data import SIZE, PredictionStore
 from .models import Depthwise, create_model, find_network, load_weights, prepare, restore
 
 # %% ../nbs/10_inference.ipynb #9e2b64a7
@@ -113,8 +113,7 @@ def pays(
     tiles: int,  # to be predicted
 ) -> bool:
     "Whether so many tiles are worth the time that `compile_network` takes."
-    kind = find_network(model_name)
-    return tiles * (kind.size + sum(kind.pad)) ** 2 * sum(p.numel() for p in network.parameters()) >= WORTH_IT
+    return tiles * find_network(model_name).side ** 2 * sum(p.numel() for p in network.parameters()) >= WORTH_IT
 
 # %% ../nbs/10_inference.ipynb #ab12cd06
 class ConvRelu(torch.nn.Module):
@@ -174,7 +173,7 @@ def try_to_fuse(
     dtype: torch.dtype,  # of the computation
 ) -> torch.nn.Module:
     "`fuse`, where that can be done; else warn and give the network back."
-    tile = torch.zeros(1, 101, 101, dtype=torch.uint8, device=next(network.parameters()).device)
+    tile = torch.zeros(1, SIZE, SIZE, dtype=torch.uint8, device=next(network.parameters()).device)
     try:
         fused = fuse(network, dtype).to(memory_format=torch.channels_last)
         with torch.inference_mode(), torch.autocast(tile.device.type, dtype):
@@ -240,8 +239,7 @@ class Predictor:
         self.batch_size = batch_size or (4 if self.where.type == "cpu" else 32)
         self.network, self.program, self.recorded = network.to(self.where).eval(), None, None
         if self.where.type == "cpu" and precision in ("auto", "bfloat16") and pays(network, model_name, tiles):
-            kind = find_network(model_name)
-            side = kind.size + sum(kind.pad)
+            side = find_network(model_name).side
             self.views = self.batch_size * (2 if flip else 1)
             self.program = compile_network(self.network, (self.views, 3, side, side), "bf16" if half_dtype(self.where, precision) == torch.bfloat16 else "f32")
         if self.program is None:
@@ -274,8 +272,8 @@ class Predictor:
         images: np.ndarray,  # tiles, uint8 [N,101,101]
     ) -> Callable[[], np.ndarray]:  # waits for the probabilities, float32 [N,101,101], 0..1
         "Begin with these tiles. A GPU goes on by itself until its result is asked for; a CPU is done when this returns. `SaltError` for images that are not tiles."
-        if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1:] != (101, 101):
-            raise SaltError(f"Tiles to predict must be uint8 [N,101,101], not {images.dtype} {list(images.shape)}.")
+        if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1:] != (SIZE, SIZE):
+            raise SaltError(f"Tiles to predict must be uint8 [N,{SIZE},{SIZE}], not {images.dtype} {list(images.shape)}.")
         tiles = torch.from_numpy(np.ascontiguousarray(images))
         tiles = tiles.pin_memory() if self.on_gpu else tiles  # from and to such memory a GPU copies while it computes
         probs = torch.empty(images.shape, pin_memory=self.on_gpu)
@@ -333,11 +331,10 @@ def predict_to_store(
     model_names: Sequence[str],  # the networks' name; several: each network predicts at the size of each, and all is averaged
     store: PredictionStore,
     device: str = "auto",
-    precision: str = "auto",
 ) -> Iterator[int]:  # tiles that are stored so far, after each piece
     "Predict what the store lacks, piece by piece."
     pieces = store.pending()
-    predictors = [Predictor(network, name, len(images), device=device, precision=precision) for network in networks for name in model_names if pieces]
+    predictors = [Predictor(network, name, len(images), device=device) for network in networks for name in model_names if pieces]
     before = None
     for rows in [*pieces, None]:
         parts = [predictor.start(images[rows]) for predictor in predictors] if rows else []

@@ -13,7 +13,6 @@ __all__ = ['KEPT', 'BLOCK', 'LENGTH', 'STEP', 'LINES', 'SUMS', 'EXAMPLES', 'TEAC
 
 # %% ../nbs/03_mosaic.ipynb #fa10dbd5
 import math
-import os
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ import pandas as pd
 from scipy.linalg import solve_triangular
 from threadpoolctl import threadpool_limits
 
-from .core import SaltError, write_atomic
+from .core import SaltError, refuse_used, usable_cores, write_atomic, writing
 from .data import SIZE, is_black, load_tiles, refuse_bad_data
 
 # %% ../nbs/03_mosaic.ipynb #3c4e9b0b
@@ -85,7 +84,7 @@ def strips_by_numpy(
         np.maximum.at(rest_second, j[drop], similarity[drop])
         return i[~drop] + top, j[~drop], similarity[~drop], rest_first, rest_second
 
-    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with threadpool_limits(1), ThreadPoolExecutor(usable_cores()) as pool:
         yield from pool.map(strip, range(0, n, BLOCK[0]))
 
 
@@ -474,14 +473,15 @@ def edge_disagreement(
     return share
 
 # %% ../nbs/03_mosaic.ipynb #3d8054b7
-WASH, FRAME, NOTHING = (86, 180, 233), (0, 158, 115), 255  # sky blue for salt, green around train tiles, white where no tile is
+WASH, FRAME, NOTHING = (86, 180, 233), (0, 158, 115), 255  # sky blue for true salt, green around train tiles, white where no tile is
 
 
 def draw_mosaic(
     grid: np.ndarray,  # from `assemble`
     images: np.ndarray,  # uint8 [N,101,101]
-    masks: np.ndarray | None = None,  # bool [M,101,101], of the first M tiles: salt, washed over in blue
+    masks: np.ndarray | None = None,  # bool [M,101,101], of the first M tiles: salt, washed over
     framed: np.ndarray | None = None,  # bool [N]: tiles to frame, such as those whose masks are the truth
+    wash: tuple[int, int, int] = WASH,  # colour of the salt, RGB
 ) -> np.ndarray:  # uint8 [101 rows, 101 columns, 3], RGB
     "The section that the tiles make."
     picture = np.full((grid.shape[0] * SIZE, grid.shape[1] * SIZE, 3), NOTHING, np.uint8)
@@ -491,7 +491,7 @@ def draw_mosaic(
         place = picture[row * SIZE : (row + 1) * SIZE, column * SIZE : (column + 1) * SIZE]
         place[:] = images[tile][:, :, None]
         if masks is not None and tile < len(masks):
-            place[masks[tile]] = (0.65 * place[masks[tile]] + 0.35 * np.array(WASH)).astype(np.uint8)
+            place[masks[tile]] = (0.65 * place[masks[tile]] + 0.35 * np.array(wash)).astype(np.uint8)
         if framed is not None and framed[tile]:
             cv2.rectangle(place, (0, 0), (SIZE - 1, SIZE - 1), FRAME, 2)
     return picture
@@ -504,13 +504,10 @@ def write_mosaics(
 ) -> list[np.ndarray]:  # the grids: row numbers of train and test tiles together, train first
     "Write pairs.csv, mosaic_0000.csv, mosaic_0000.png ... `SaltError` before work begins if the data are not in order or the folder is in use, and at its end if the folder has got other files meanwhile."
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SaltError(f"{out} is there already and not empty: delete it or name another folder for the mosaics.")
-    try:
+    refuse_used(out, "the mosaics")
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix=".", dir=out)  # before the work: a read-only place is refused at once
-    except OSError as error:
-        raise SaltError(f"{out} could not be written ({error.strerror}): make room or permission there, then repeat the command.") from error
     with scratch:
         whole = Path(scratch.name)
         refuse_bad_data(root)

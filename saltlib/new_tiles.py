@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .core import SaltError, project_root, read_record
-from .recipes import Step, find_run, full_name, read_recipe, step_folder
+from .recipes import Step, find_run, full_name, read_run, step_folder
 
 # %% ../nbs/19_new_tiles.ipynb #c8d31c76
 PUBLISHED_V5 = re.compile(r"model_128_res34v5(?P<fold>[0-4])(?P<snapshot>[0-3])\.pth")
@@ -62,16 +62,16 @@ def run_members(
     models: Path,  # a run's folder, outputs/<recipe>
 ) -> list[Member]:
     "The networks of a run's last round, its groups stretched as they were over its test tiles. `SaltError` if one is not trained or its weights are damaged, or that stretch is not known yet."
-    recipe = read_recipe(models / "recipe.yaml")
+    recipe, outputs = read_run(models), models.resolve().parent
     name, last = list(recipe.rounds.items())[-1]
     found = []
     for k, (group_name, group) in enumerate(last.ensemble.items()):
-        ends = read_run_ends(models / name / "ensemble")[k] if group.stretch else (0.0, 1.0)
+        ends = read_run_ends(step_folder(recipe, Step("ensemble", name), outputs))[k] if group.stretch else (0.0, 1.0)
         for member, weight in group.members.items():
             round, phase = full_name(name, member).split("/")
             settings = recipe.rounds[round].phases[phase]
             for fold in recipe.folds.use:
-                folder = models / step_folder(recipe, Step("train", round, phase, fold), "").relative_to(recipe.name)
+                folder = step_folder(recipe, Step("train", round, phase, fold), outputs)
                 if read_record(folder, verify=True) is None:
                     raise SaltError(f"{folder} holds no trained network: finish the run first (salt run {recipe.name}).")
                 ways = [(folder / file, model) for file in settings.files(fold) for model in settings.prediction_models]

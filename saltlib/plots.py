@@ -64,11 +64,24 @@ def _draw_seismic(ax, image: np.ndarray, mask: np.ndarray | None, probs: np.ndar
     ax.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
 
 
+def _true_line() -> Line2D:
+    return Line2D([], [], color=TRUTH, linewidth=1.6, label="true salt")
+
+
+def _predicted_line(threshold: float = 0.5) -> Line2D:
+    return Line2D([], [], color=PREDICTION, linewidth=1.6, linestyle="dashed", label=f"predicted salt (probability > {threshold:.2g})")
+
+
 def _legend(figure: plt.Figure, mask: bool, probs: bool) -> None:
-    entries = [Line2D([], [], color=TRUTH, linewidth=1.6, label="true salt")] * mask
-    entries += [Line2D([], [], color=PREDICTION, linewidth=1.6, linestyle="dashed", label="predicted salt (probability > 0.5)"), Patch(color=PREDICTION, alpha=0.25, label="probability 1")] * probs
+    entries = [_true_line()] * mask + [_predicted_line(), Patch(color=PREDICTION, alpha=0.25, label="shade of probability 1")] * probs
     if entries:
         figure.legend(handles=entries, loc="outside lower center", ncols=len(entries), fontsize=8, frameon=False)
+
+
+def _color_bar(figure: plt.Figure, axes: np.ndarray, picture, label: str) -> None:
+    bar = figure.colorbar(picture, ax=axes, shrink=0.5, aspect=30, pad=0.01)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
 
 # %% ../nbs/13_plots.ipynb #98f8bb0d
 def plot_tiles(
@@ -111,24 +124,20 @@ def plot_predictions(
     for ax in axes.flat:
         ax.set_axis_off()
     for k in range(len(images)):
-        plain, outlined, probability = axes[deep * (k // columns) : deep * (k // columns) + 3, k % columns]
+        own = axes[deep * (k // columns) :, k % columns]
+        plain, outlined, probability = own[:3]
         _draw_seismic(plain, images[k], None, None)
         _draw_seismic(outlined, images[k], masks[k], None)
         _outline(outlined, probs[k], PREDICTION, "dashed", threshold)
         shown = probability.imshow(np.asarray(probs[k], dtype=float), cmap="cividis", vmin=0, vmax=1)
         plain.set_title(f"{ids[k]}  {scores[k]:.2f}", fontsize=7, pad=2)
         if spread is not None:
-            apart = axes[deep * (k // columns) + 3, k % columns].imshow(np.asarray(spread[k], dtype=float), cmap="magma", vmin=0, vmax=0.5)
+            apart = own[3].imshow(np.asarray(spread[k], dtype=float), cmap="magma", vmin=0, vmax=0.5)
     if len(images) and spread is not None:
-        bar = figure.colorbar(apart, ax=axes, shrink=0.5, aspect=30, pad=0.01)
-        bar.set_label("spread of the networks", fontsize=8)
-        bar.ax.tick_params(labelsize=7)
+        _color_bar(figure, axes, apart, "spread of the networks")
     if len(images):
-        bar = figure.colorbar(shown, ax=axes, shrink=0.5, aspect=30, pad=0.01)
-        bar.set_label("probability of salt", fontsize=8)
-        bar.ax.tick_params(labelsize=7)
-    entries = [Line2D([], [], color=TRUTH, linewidth=1.6, label="true salt"), Line2D([], [], color=PREDICTION, linewidth=1.6, linestyle="dashed", label=f"predicted salt (probability > {threshold:.2g})")]
-    figure.legend(handles=entries, loc="outside lower center", ncols=1 + (columns > 2), fontsize=8, frameon=False)
+        _color_bar(figure, axes, shown, "probability of salt")
+    figure.legend(handles=[_true_line(), _predicted_line(threshold)], loc="outside lower center", ncols=1 + (columns > 2), fontsize=8, frameon=False)
     return figure
 
 # %% ../nbs/13_plots.ipynb #88eb7cff

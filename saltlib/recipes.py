@@ -6,9 +6,9 @@
 __all__ = ['Name', 'PhaseName', 'Snapshots', 'ModelName', 'PARTS', 'Strict', 'AdamW', 'RMSprop', 'SGD', 'OneCycle', 'Plateau',
            'Cosine', 'PseudoLabels', 'Synthetic', 'same_network', 'Phase', 'Members', 'Round', 'Folds', 'Recipe',
            'full_name', 'set_value', 'count_values', 'refuse_twins', 'in_words', 'parse_recipe', 'read_recipe', 'Step',
-           'fold_of', 'members', 'recipe_steps', 'previous_round', 'step_inputs', 'trainings_beside', 'is_contaminated',
-           'recipe_folder', 'find_run', 'run_names', 'step_folder', 'rules_in_use', 'step_arguments', 'fold_file',
-           'begun_settings', 'check_settings', 'write_recipe']
+           'fold_of', 'members', 'recipe_steps', 'find_step', 'previous_round', 'step_inputs', 'trainings_beside',
+           'is_contaminated', 'recipe_folder', 'find_run', 'read_run', 'run_names', 'step_folder', 'rules_in_use',
+           'step_arguments', 'fold_file', 'begun_settings', 'check_settings', 'write_recipe']
 
 # %% ../nbs/14_recipes.ipynb #b36c8219
 import os
@@ -416,9 +416,13 @@ class Step:
     phase: str = ""
     fold: int | None = None
 
+    @property
+    def whose(self) -> str:
+        "Of a phase: 'fold <k>', or 'shared' by all folds."
+        return "" if not self.phase else "shared" if self.fold is None else f"fold {self.fold}"
+
     def __str__(self):
-        whose = "" if not self.phase else "shared" if self.fold is None else f"fold {self.fold}"
-        return " ".join(p for p in (self.kind, self.round, self.phase, whose) if p)
+        return " ".join(filter(None, (self.kind, self.round, self.phase, self.whose)))
 
 
 def fold_of(
@@ -452,6 +456,20 @@ def recipe_steps(
                     steps += dict.fromkeys(Step(kind, name, phase, fold_of(recipe, name, phase, fold)) for fold in recipe.folds.use)
         steps.append(Step("ensemble", name))
     return steps + [Step("report")]
+
+
+def find_step(
+    recipe: Recipe,
+    kind: str,
+    round: str,  # '' where the step belongs to none
+    phase: str,  # likewise
+    fold: int | None,  # None: of a phase that all folds share, or of no phase
+) -> Step:
+    "The step of that place. `SaltError` if the recipe has none."
+    step = Step(kind, round, phase, fold)
+    if step not in recipe_steps(recipe):
+        raise SaltError(f"{recipe.name} has no step '{step}': name kind, round, phase and fold as salt status lists them.")
+    return step
 
 
 def previous_round(
@@ -525,6 +543,13 @@ def find_run(
     return next((folder for folder in (Path(run), Path(outputs) / run) if (folder / "recipe.yaml").is_file()), None)
 
 
+def read_run(
+    folder: str | Path,  # of a run that was begun
+) -> Recipe:
+    "The recipe of a run, named as its folder is now: a copied or renamed one does not know that name."
+    return read_recipe(Path(folder) / "recipe.yaml").model_copy(update={"name": Path(folder).resolve().name})
+
+
 def run_names(
     outputs: str | Path,  # the project's outputs folder
 ) -> list[str]:  # sorted
@@ -538,8 +563,7 @@ def step_folder(
     outputs: str | Path,  # the project's outputs folder
 ) -> Path:
     "Where a step leaves record, notebook and results: outputs/<recipe>/<round>/<phase>/<fold<k> or shared>/<step>."
-    parts = [step.round, step.phase, "" if not step.phase else "shared" if step.fold is None else f"fold{step.fold}", step.kind]
-    return recipe_folder(recipe, outputs).joinpath(*(p for p in parts if p))
+    return recipe_folder(recipe, outputs).joinpath(*filter(None, (step.round, step.phase, step.whose.replace(" ", ""), step.kind)))
 
 
 def rules_in_use(
@@ -599,8 +623,12 @@ def check_settings(
         record, now = read_record(folder := step_folder(recipe, step, outputs)), step_arguments(recipe, step)
         if record and step.kind == "prepare" and any(record["inputs"].get(file, sum) != sum for file, sum in fold_file(recipe).items()):
             raise SaltError(f"{recipe.folds.file} is no longer the table by which {folder} dealt the tiles: put that one back, or give this run a name of its own with --set name=....")
-        interrupted = not record and (folder / "checkpoint.pt").exists()
-        then = record["arguments"] if record else before.get(step, now) if interrupted else now
+        if record:
+            then = record["arguments"]
+        elif (folder / "checkpoint.pt").exists():  # of an interrupted training
+            then = before.get(step, now)
+        else:
+            continue
         if step.kind == "report":
             then["recipe"].pop("device", None)  # named in records of earlier versions, and decides nothing
         if then != now:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORE_NOTE', 'FOLLOWS', 'check_parameters', 'say', 'LabelledLines', 'execute_notebook', 'hold', 'holder', 'hold_gpu',
-           'run_step', 'Progress', 'signal_all', 'interrupt_all', 'watch', 'find_recipe', 'read_run', 'from_root',
+           'run_step', 'Progress', 'signal_all', 'interrupt_all', 'watch', 'find_recipe', 'is_run', 'from_root',
            'load_recipe', 'outdated_steps', 'steps_until', 'count_tiles', 'training_passes', 'measured_rates',
            'expected_cost', 'notebook_error', 'training_progress', 'status_rows', 'find_profile', 'report_page',
            'clear_outdated', 'snakemake_command', 'make_progress', 'print_outcome', 'run_recipe']
@@ -18,11 +18,11 @@ from pathlib import Path
 import psutil
 
 from .core import SaltError, changed_files, checksum, project_root, read_json, read_record, runs_folder, usable_cores, visible_gpus, write_atomic
-from .data import refuse_bad_data
-from .recipes import Recipe, Step, check_settings, read_recipe, recipe_folder, recipe_steps, run_names, step_folder, step_inputs, write_recipe
+from .data import SIZE, refuse_bad_data
+from .recipes import Recipe, Step, check_settings, find_step, read_recipe, recipe_folder, recipe_steps, run_names, step_folder, step_inputs, write_recipe
 
 # papermill and nbformat load jsonschema, which would build a grammar of web addresses for 3 s if it could; notebooks hold none.
-sys.modules["rfc3987_syntax"] = sys.modules.get("rfc3987_syntax")
+sys.modules.setdefault("rfc3987_syntax", None)
 
 # %% ../nbs/18_running.ipynb #6d47fb2d
 def check_parameters(
@@ -149,11 +149,10 @@ def run_step(
 ) -> None:
     "Carry out one step of a recipe, if its record does not say that it is done. `SaltError` if the recipe has no such step."
     os.chdir(project_root())
-    recipe, step = read_recipe(recipe_file), Step(kind, round, phase, fold)
+    recipe = read_recipe(recipe_file)
     if Path(recipe_file).name != "recipe.yaml" or Path(recipe_file).resolve().parent.name != recipe.name:
         raise SaltError(f"{recipe_file} is not the recipe of a run: give outputs/{recipe.name}/recipe.yaml, which salt run writes.")
-    if step not in recipe_steps(recipe):
-        raise SaltError(f"{recipe_file} has no step '{step}': name kind, round, phase and fold as salt status lists them.")
+    step = find_step(recipe, kind, round, phase, fold)
     folder = step_folder(recipe, step, Path(recipe_file).parent.parent)
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the kernel when it starts
@@ -306,12 +305,11 @@ def find_recipe(
     raise SaltError(f"There is no recipe or run {name}: give a YAML file, a recipe ({', '.join(sorted(p.stem for p in recipes.glob('*.yaml')))}), or a run in outputs ({', '.join(run_names(outputs)) or 'none yet'}).")
 
 
-def read_run(
+def is_run(
     path: Path,  # of `find_recipe`
-) -> Recipe:
-    "The recipe; that of a run in outputs has the name of its folder, which a copied or renamed one does not know."
-    recipe, folder = read_recipe(path), path.resolve().parent
-    return recipe.model_copy(update={"name": folder.name}) if path.name == "recipe.yaml" and folder.parent == project_root() / "outputs" else recipe
+) -> bool:
+    "Is it the recipe of a run in outputs?"
+    return path.name == "recipe.yaml" and path.resolve().parent.parent == project_root() / "outputs"
 
 
 def from_root(
@@ -330,7 +328,7 @@ def load_recipe(
 ) -> Recipe:
     "The recipe with its changes, its data folder seen from the project's top. `SaltError` for a run that was renamed or copied, whose records name another."
     recipe = read_recipe(path := find_recipe(name), changes)
-    if (begun := read_recipe(path).name) != read_run(path).name:
+    if is_run(path) and (begun := read_recipe(path).name) != path.resolve().parent.name:
         raise SaltError(f"{path.parent} was {begun} when its steps were made, and their records say so: rename it to {begun}, and run that.")
     if data is not None:
         recipe = recipe.model_copy(update={"data": from_root(Path(data), project_root())})
@@ -432,7 +430,7 @@ def expected_cost(
             passes[recipe.rounds[step.round].phases[step.phase].model] += training_passes(recipe, step)
     lines = []
     for model, n in passes.items():
-        bench = ", or run salt bench --json outputs/bench.json," * (gpu and "_at_" not in model)  # which trains no lite2
+        bench = ", or run salt bench --json outputs/bench.json," * ("_at_" not in model if gpu else model == "compact")  # those that it trains there
         time = f"{n / rates[model] / 3600:.2f} {hours} at the measured {rates[model]:.0f} a second" if model in rates else f"not yet measured on a {device} here: train one phase for one epoch{bench} to know the hours"
         lines.append(f"{model}: at most {n / 1e6:.3g} million tiles through training, {time}")
     if passes and set(passes) <= set(rates):
@@ -440,7 +438,7 @@ def expected_cost(
         lines.append(f"All networks: at most {sum(n / rates[model] for model, n in passes.items()) / 3600:.2f} {hours}{beside}.")
     stores = {"predict": train / recipe.folds.n + test, "ensemble": test}
     guess = [] if Path(recipe.data).is_dir() else [f"{recipe.data} is not there yet: counted with the competition's tiles."]
-    size = sum(stores.get(step.kind, 0) for step in steps) * 101 * 101 * 2
+    size = sum(stores.get(step.kind, 0) for step in steps) * SIZE**2 * 2  # bytes, in half precision
     return [*lines, f"Predictions need at most {size / 1e9:.3g} GB of disk ({sum(step.kind in stores for step in steps)} stores).", *guess]
 
 # %% ../nbs/18_running.ipynb #4dd69a26
@@ -636,9 +634,9 @@ def run_recipe(
     from saltlib.nursery import nursery
 
     status = 0
+    if read_record(prepare) is None:
+        refuse_bad_data(recipe.data)  # said here at once, before any step begins, and before the run has a folder
     with hold(folder / ".lock", f"A run of {recipe.name}") as lock:
-        if read_record(prepare) is None:
-            refuse_bad_data(recipe.data)  # said here at once, before any step begins
         write_recipe(recipe, outputs)
         outdated = outdated_steps(recipe, outputs)
         steps = [step for step in outdated if step in wanted]

@@ -22,12 +22,12 @@ import numpy as np
 import pandas as pd
 
 from .core import RunRecord, SaltError, checksum, derive_seed, flat_settings, git_commit, pick_device, read_record, versions, write_atomic
-from .data import PredictionStore, Tiles, encode_masks, is_black, load_tiles, make_folds, read_folds, tile_checksums
+from .data import SIZE, PredictionStore, Tiles, encode_masks, is_black, load_tiles, make_folds, read_folds, tile_checksums
 from .ensemble import Ensemble, Group, averaged_ahead, choose_pseudo_labels, decode_masks, in_pieces, read_ends, read_pseudo_labels, weighted_mean
 from .metrics import precision_at_iou, score
 from .mosaic import CLOSE, closest_known, mosaic_groups
 from .postprocess import correct_codes, find_sources, straight_masks, straight_rows
-from .recipes import Members, Phase, Recipe, Step, find_run, fold_file, fold_of, full_name, is_contaminated, previous_round, read_recipe, recipe_folder, recipe_steps, rules_in_use, run_names, step_arguments, step_folder, step_inputs
+from .recipes import Members, Phase, Recipe, Step, find_run, find_step, fold_file, fold_of, full_name, is_contaminated, previous_round, read_recipe, read_run, recipe_folder, recipe_steps, rules_in_use, run_names, step_arguments, step_folder, step_inputs
 from .synthetic import make_tiles
 
 # %% ../nbs/15_steps.ipynb #ab82d517
@@ -97,9 +97,7 @@ def open_step(
 ) -> OpenStep:
     "Begin a step; `SaltError` if the recipe has no such step, a step that it reads is not done or damaged, or it needs a GPU and none is there."
     recipe, outputs = read_recipe(recipe_file), Path(recipe_file).parent.parent
-    step = Step(kind, round, phase, fold)
-    if step not in recipe_steps(recipe):
-        raise SaltError(f"{recipe_file} has no step '{step}': its steps are {', '.join(map(str, recipe_steps(recipe)))}.")
+    step = find_step(recipe, kind, round, phase, fold)
     folder = step_folder(recipe, step, outputs)
     folder.mkdir(parents=True, exist_ok=True)
     device = str(pick_device(recipe.device)) if kind in ("train", "predict") else "cpu"
@@ -131,9 +129,9 @@ def run_tiles(
     "The run's tiles, as `load_tiles`. `SaltError` if they are no longer those that the prepare step saw."
     tiles = load_tiles(step.recipe.data, split, before=before)
     if (noted := step.folder_of("prepare") / "tiles.csv").exists():  # else the run was begun before there was one
-        table, own = pd.read_csv(noted, dtype=str), tiles[: len(tiles) - len(before or ())]
-        then, now = (dict(zip(*pair)) for pair in (table.loc[table["split"] == split, ["id", "checksum"]].to_numpy().T, (own.ids, tile_checksums(own))))
-        if changed := sorted({id for id, _ in then.items() ^ now.items()}):
+        table, own = pd.read_csv(noted, dtype=str).query("split == @split"), tiles[: len(tiles) - len(before or ())]
+        then, now = set(zip(table["id"], table["checksum"])), set(zip(own.ids.tolist(), tile_checksums(own)))
+        if changed := sorted({id for id, _ in then ^ now}):
             raise SaltError(f"{len(changed)} {split} tiles in {step.recipe.data} are not those that {step.recipe.name} began with, {changed[0]} first: put the old ones back, or give a run on the new ones a name of its own with --set name=....")
     return tiles
 
@@ -147,9 +145,10 @@ def step_folds(
     "Folds by depth over all tiles, by mosaic with the known salt balanced, or from the recipe's own file. `SaltError` if a fold has no train tile, or the file lacks a tile or has another number of folds."
     settings = step.recipe.folds
     if settings.file is None:
-        ids, depths = np.concatenate([train.ids, test.ids]), np.concatenate([train.depths, test.depths])
-        whole = {"groups": mosaic_groups(mosaics, len(ids)), "coverage": np.concatenate([train.masks.mean(axis=(1, 2)), np.full(len(test), np.nan)])}
-        folds = make_folds(ids, depths, settings.n, **(whole if settings.by == "mosaic" else {}))[: len(train)]
+        ids, depths, groups, coverage = np.concatenate([train.ids, test.ids]), np.concatenate([train.depths, test.depths]), None, None
+        if settings.by == "mosaic":
+            groups, coverage = mosaic_groups(mosaics, len(ids)), np.concatenate([train.masks.mean(axis=(1, 2)), np.full(len(test), np.nan)])
+        folds = make_folds(ids, depths, settings.n, groups, coverage)[: len(train)]
         if empty := sorted(set(range(settings.n)) - set(folds.tolist())):
             raise SaltError(f"Fold {empty[0]} by {settings.by} has no train tile: there are too few tiles or mosaics for {settings.n} folds, set folds.n lower.")
         return folds
@@ -460,7 +459,7 @@ def open_run(
         if any((place / "blend.ipynb").is_file() for place in (Path(run), Path(outputs) / run)):
             raise SaltError(f"{run} is the mean of several runs, made by salt blend: give these runs themselves; out_of_fold.csv in it has its scores beside theirs.")
         raise SaltError(f"There is no run {run}: give a run's folder (with recipe.yaml), or the name of one in {outputs} ({', '.join(run_names(outputs)) or 'none yet'}).")
-    recipe = read_recipe(folder / "recipe.yaml").model_copy(update={"name": folder.name})  # a copy of a run may have another name
+    recipe = read_run(folder)
     step = Step("ensemble", list(recipe.rounds)[-1])
     if read_record(place := step_folder(recipe, step, folder.parent), verify=True) is None:
         raise SaltError(f"{folder} has no scores yet: finish it first with salt run {folder.name}.")
@@ -546,7 +545,7 @@ def read_out_of_fold(
     ids: np.ndarray,  # train tiles that it scored
 ) -> np.ndarray:  # probabilities [n,101,101]
     "What the last round's ensemble says about train tiles, each by networks that never saw it."
-    probs = np.empty((len(ids), 101, 101), np.float32)
+    probs = np.empty((len(ids), SIZE, SIZE), np.float32)
     folds = pd.read_csv(run.folder / "out_of_fold.csv", dtype={"id": str}).set_index("id")["fold"].loc[ids].to_numpy()
     for fold in np.unique(folds).tolist():
         probs[folds == fold] = ensemble.fold_mean(fold, ids[folds == fold])

@@ -311,13 +311,13 @@ class History(Callback):
     def after_epoch(self):
         if self.epoch < len(self.rows):  # skipped: it was done before the interruption
             return
-        now, training, valid_loss = time.time(), self.trained - self.started, self.mean_loss(False)
+        now, learning, valid_loss = time.time(), self.trained - self.started, self.mean_loss(False)
         if not math.isfinite(valid_loss):  # FiniteLoss sees what a step makes of the weights only in the next one, and an epoch's last has none
             raise SaltError(f"The validation loss of epoch {self.epoch} became {valid_loss}: the last steps spoiled the weights. Lower the learning rate, or set clip. The checkpoint of the epoch before is kept.")
         self.rows.append({
             "epoch": self.epoch, "train_loss": self.mean_loss(True), "valid_loss": valid_loss,
             "mAP": float(np.concatenate(self.precisions).mean()), "lr": float(self.opt.hypers[-1]["lr"]),
-            "tiles_per_second": sum(n for _, n in self.losses[True]) / training, "waiting": self.dls.train.waited / training, "seconds": now - self.started,
+            "tiles_per_second": sum(n for _, n in self.losses[True]) / learning, "waiting": self.dls.train.waited / learning, "seconds": now - self.started,
         })
 
 # %% ../nbs/09_training.ipynb #938ee948
@@ -415,11 +415,12 @@ def fit_phase(
             raise SaltError(f"There is no {kind} {name!r}: choose one of {', '.join(known)}.")
     if epochs < 1 or any(tiles.masks is None or not len(tiles) for tiles in (train, valid)):
         raise SaltError(f"A training needs an epoch, tiles with masks to learn from and such to be scored on, not {epochs} epochs of {len(train)} tiles {'with' if train.masks is not None else 'without'} masks, scored on {len(valid)} {'with' if valid.masks is not None else 'without'}.")
-    if start not in ("imagenet", "scratch") and not Path(start).is_file():
+    from_file = start not in ("imagenet", "scratch")
+    if from_file and not Path(start).is_file():
         raise SaltError(f"There are no weights {start} to start from: give 'imagenet', 'scratch', or a file that a training has left.")
     folder, where = Path(folder), pick_device(device)
     settings = {
-        "model": model, "start": start if start in ("imagenet", "scratch") else checksum(start), "loss": loss, "augment": augment, "epochs": epochs,
+        "model": model, "start": checksum(start) if from_file else start, "loss": loss, "augment": augment, "epochs": epochs,
         "batch_size": batch_size, "lr": lr, "seed": seed, "optimizer": optimizer, "schedule": schedule, "draws": draws, "skip_easy": skip_easy, "dropout": dropout,
         "batch_norm_momentum": batch_norm_momentum, "clip": clip,
         "tiles": hashlib.sha256(b"".join(part for tiles in (train, valid) for part in (*(id.encode() for id in tiles.ids), tiles.images, tiles.masks))).hexdigest(),
@@ -427,10 +428,11 @@ def fit_phase(
     state = read_checkpoint(folder / "checkpoint.pt", settings, where)
     set_seed(seed)
     network = create_model(model, start == "imagenet", dropout).to(where, memory_format=layout(model, where))
-    if start not in ("imagenet", "scratch"):
+    if from_file:
         load_weights(network, start)
-    for norm in (m for m in network.modules() if batch_norm_momentum and isinstance(m, torch.nn.BatchNorm2d)):
-        norm.momentum = batch_norm_momentum
+    if batch_norm_momentum:
+        for norm in (m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+            norm.momentum = batch_norm_momentum
     workers = 0 if where.type == "cpu" else min(8, usable_cores())  # on a CPU the cores are busy with the network
     sampler = EpochSampler(len(train), batch_size, seed, draws and draws * len(train), skip_easy)
     loaders = DataLoaders(
@@ -442,9 +444,14 @@ def fit_phase(
     history = History(model, state["history"] if state else [])
     cycle = epochs if schedule["name"] == "cosine" else None
     checkpoint = Checkpoint(folder, settings, history, cycle, state and state["scaler"])
+    callbacks = [EpochSeeds(seed), ToNetworkInput(model), *half, FiniteLoss(train.ids), Captured(batch_size), history, checkpoint]
+    if clip:
+        callbacks.append(GradientClip(clip))
+    if skip_easy:
+        callbacks.append(EasyTiles())
     learner = Learner(
-        loaders, network, lambda output, target, rows: LOSSES[loss](output, target), opt_func=partial(make_optimizer, **optimizer), lr=lr, train_bn=False, wd_bn_bias=True,
-        cbs=[EpochSeeds(seed), ToNetworkInput(model), *half, FiniteLoss(train.ids), Captured(batch_size), *([GradientClip(clip)] if clip else []), *([EasyTiles()] if skip_easy else []), history, checkpoint],
+        loaders, network, lambda output, target, rows: LOSSES[loss](output, target), cbs=callbacks,
+        opt_func=partial(make_optimizer, **optimizer), lr=lr, train_bn=False, wd_bn_bias=True,
     )
     learner.remove_cb(learner.recorder)  # it waits for every batch's loss, which History doesn't
     if state:

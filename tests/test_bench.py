@@ -14,8 +14,8 @@ def test_quick_bench(tmp_path, capsys):
     rows = {row["work"]: row for row in bench["rows"]}
     assert {f"predict {name}" for name in NETWORKS} | {"train compact", "load tiles", "find neighbours"} <= set(rows)
     assert all(row["tiles_per_second"] > 0 and np.isfinite(row["mib"]) for row in rows.values())
-    # An untrained network's activations are not normal ones; trained, half precision costs a tenth of this.
-    assert all(row["plain"] > 0 and row["difference"] < 0.1 for work, row in rows.items() if work.startswith("predict"))
+    # Half precision costs an untrained network 0.002 of a probability at most; a mirror image that is not turned back, 0.01.
+    assert all(row["plain"] > 0 and row["difference"] < 0.005 for work, row in rows.items() if work.startswith("predict"))
     assert bench["machine"]["matmul_gflops"] > 0
     table = capsys.readouterr().out
     assert all(work in table for work in rows)

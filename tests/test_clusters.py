@@ -105,8 +105,3 @@ def test_kubernetes(project, tmp_path):
         asked.append((pod["activeDeadlineSeconds"], container["resources"]["limits"]))
     assert asked[0] == (60 * 60, {"cpu": 1, "memory": "8000M", "nvidia.com/gpu": 0})
     assert asked[1:] == 3 * [(2880 * 60, {"cpu": 8, "memory": "32000M", "nvidia.com/gpu": 1})]
-
-
-def test_unknown_profile(project):
-    refused = salt(project, "run", "single.yaml", "--profile", "nowhere", check=False)
-    assert refused.returncode == 1 and "There is no profile nowhere" in refused.stderr and "one of kubernetes, slurm" in refused.stderr

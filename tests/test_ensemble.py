@@ -56,7 +56,7 @@ def test_folds_count_the_same_whatever_their_weights(tmp_path):
 
 
 def test_memory_grows_neither_with_tiles_nor_with_members(tmp_path, monkeypatch):
-    monkeypatch.setattr("saltlib.ensemble.ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr("saltlib.core.ThreadPoolExecutor", AtOnce)
     few = peak_memory(tmp_path / "few", 512, 1)
     assert peak_memory(tmp_path / "tiles", 1280, 1) < 1.1 * few
     assert peak_memory(tmp_path / "members", 512, 3) < 1.1 * few

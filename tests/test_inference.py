@@ -132,5 +132,5 @@ def test_converted_once_for_all_pieces(tiles, always, monkeypatch, tmp_path):
     monkeypatch.setattr(saltlib.inference, "compile_network", lambda *args: calls.append(args))
     monkeypatch.setitem(MODELS, "small", Network(Small, None, 96, (0, 0), "reflect", raw_grey, False))
     store = PredictionStore.create(tmp_path / "store", np.arange(150).astype(str))
-    assert list(predict_to_store([Small()], np.concatenate([tiles] * 4)[:150], ["small"], store, device="cpu", precision="bfloat16")) == [64, 128, 150]
+    assert list(predict_to_store([Small()], np.concatenate([tiles] * 4)[:150], ["small"], store, device="cpu")) == [64, 128, 150]
     assert len(calls) == 1

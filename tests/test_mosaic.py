@@ -34,6 +34,12 @@ def sections(tmp_path_factory):
     return *load_all(root), truth
 
 
+@pytest.fixture(scope="module")
+def neighbors(sections):
+    "Those that the default rule finds."
+    return find_neighbors(sections[1])
+
+
 def noisy(images, deviation):
     return (images + np.random.default_rng(1).normal(0, deviation, images.shape)).clip(0, 255).astype(np.uint8)
 
@@ -75,9 +81,8 @@ def test_duplicates_are_not_placed_wrongly(sections):
     assert len(named(found, names) & truth) >= 0.995 * len(found)
 
 
-def test_pairs_are_consistent_and_grids_hold_each_tile_once(sections):
+def test_pairs_are_consistent_and_grids_hold_each_tile_once(sections, neighbors):
     ids, images, _ = sections
-    neighbors = find_neighbors(images)
     assert not neighbors.duplicated(["first", "direction"]).any() and not neighbors.duplicated(["second", "direction"]).any()
     grids = assemble(neighbors, len(ids))
     tiles = np.concatenate([grid[grid >= 0] for grid in grids])
@@ -86,10 +91,10 @@ def test_pairs_are_consistent_and_grids_hold_each_tile_once(sections):
     assert met == set(neighbors[PAIR].itertuples(index=False, name=None))
 
 
-def test_order_of_tiles_does_not_matter(sections):
+def test_order_of_tiles_does_not_matter(sections, neighbors):
     ids, images, _ = sections
     order = np.random.default_rng(3).permutation(len(ids))
-    assert named(find_neighbors(images), ids) == named(find_neighbors(images[order]), ids[order])
+    assert named(neighbors, ids) == named(find_neighbors(images[order]), ids[order])
 
 
 def test_blocks_do_not_matter(monkeypatch):
@@ -104,15 +109,15 @@ def test_blocks_do_not_matter(monkeypatch):
 
 
 @pytest.mark.parametrize("gpu", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))])
-def test_torch_finds_the_same_neighbours(sections, gpu):
+def test_torch_finds_the_same_neighbours(sections, neighbors, gpu):
     ids, images, _ = sections
-    assert named(find_neighbors(images), ids) == named(find_neighbors(images, gpu=gpu), ids)
+    assert named(neighbors, ids) == named(find_neighbors(images, gpu=gpu), ids)
     assert len(find_neighbors(np.repeat(images[:1], 5, axis=0), gpu=gpu)) == 0
 
 
-def test_a_mosaic_stays_in_one_fold(sections):
+def test_a_mosaic_stays_in_one_fold(sections, neighbors):
     ids, images, _ = sections
-    groups = mosaic_groups(assemble(find_neighbors(images), len(ids)), len(ids))
+    groups = mosaic_groups(assemble(neighbors, len(ids)), len(ids))
     folds = make_folds(ids, np.zeros(len(ids)), groups=groups)
     assert (pd.Series(folds[groups >= 0]).groupby(groups[groups >= 0]).nunique() == 1).all()
     assert np.bincount(folds).max() - np.bincount(folds).min() <= 0.1 * len(ids)

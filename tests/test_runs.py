@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from saltlib import running
 from saltlib.cli import show_status
-from saltlib.core import SaltError, checksum, read_record, seal
+from saltlib.core import RunRecord, SaltError, checksum, read_record, seal
 from saltlib.data import PredictionStore, load_tiles, read_rle_csv, rle_decode
 from saltlib.inference import load_networks, predict_mean
 from saltlib.metrics import precision_at_iou
@@ -322,6 +322,8 @@ def test_what_a_finished_run_refuses_and_mends(finished, tmp_path):
         ("step", "train", "--recipe-file", "outputs/demo/recipe.yaml", "--round", "../../x", "--phase", "compact", "--fold", "0"): "has no step",
         ("step", "prepare", "--recipe-file", "nbs/runs/recipes/demo.yaml"): "is not the recipe of a run",
         ("run", "demo", *SHORT, "--set", "seed=3", "--dry-run"): "was made with other settings",
+        ("run", "demo"): "give this run a name of its own with --set name=",
+        ("run", "demo", "--set", "name=mine", "--data", "nowhere"): "nowhere is missing",
         ("run", "demo", *SHORT, "--profile", "nonsense", "--dry-run"): "There is no profile nonsense",
         ("run", "demo", "--set", "name=mine", "--set", "folds.file=nowhere.csv"): "nowhere.csv is missing",
     }.items():
@@ -382,14 +384,6 @@ def test_a_damaged_run_hides_no_other(tmp_path):
         (tmp_path / "outputs" / name / "recipe.yaml").write_text(text)
     lines = salt(tmp_path, "status").stdout.splitlines()
     assert "outputs: 2" in lines[0] and any("mine" in line and "0 of 12 steps done" in line for line in lines) and any("could not be read as YAML" in line for line in lines)
-
-
-def test_other_settings_are_refused_and_change_nothing(finished):
-    project, _ = finished
-    before = records(project)
-    refused = salt(project, "run", "demo", check=False)
-    assert refused.returncode == 1 and "was made with other settings" in refused.stderr and "--set name=" in refused.stderr
-    assert records(project) == before
 
 
 def test_damaged_result_is_refused_where_it_is_read(finished, tmp_path):
@@ -475,6 +469,26 @@ def test_steps_share_a_gpu_if_asked_to(tmp_path, monkeypatch):
     with pytest.raises(SaltError, match="this run has none: leave it out"):
         running.run_recipe(recipe, per_gpu=3, quiet=True)
     assert len(commands) == 1
+    running.run_recipe(recipe, cores=3, quiet=True)  # without a GPU, trainings share the cores that were asked for
+    assert commands[1][commands[1].index("--cores") + 1] == "3" and "cores=3" in commands[1]
+
+
+def test_a_step_has_its_threads_and_a_place_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.chdir(make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=4))
+    write_recipe(running.load_recipe("demo", None, ["device=auto"]), "outputs")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    seen = []
+
+    def execute(notebook, output, parameters, label):
+        seen.append(parameters | {"threads": os.environ["OMP_NUM_THREADS"], "gpu": os.environ["CUDA_VISIBLE_DEVICES"]})
+        RunRecord(output.parent, "train", {}).finish({}, [])
+
+    monkeypatch.setattr(running, "execute_notebook", execute)
+    monkeypatch.setattr(running, "visible_gpus", lambda: ["0", "1"])
+    running.run_step("train", "outputs/demo/recipe.yaml", "round1", "compact", 1, threads=3)
+    assert seen[0].pop("gpu") in ("0", "1")
+    assert seen == [{"recipe_file": "outputs/demo/recipe.yaml", "round": "round1", "phase": "compact", "fold": 1, "threads": "3"}]
 
 
 def test_trainings_alone_end_with_the_round_before_predictions(tmp_path, monkeypatch):

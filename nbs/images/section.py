@@ -5,11 +5,11 @@ from pathlib import Path
 from saltlib.inference import load_networks, predict_mean
 from saltlib.new_tiles import find_members
 from saltlib.plots import plot_section
-from saltlib.synthetic import cut_tiles, make_section
+from saltlib.synthetic import lay_tiles, make_section, section_tiles
 
-image, mask = make_section([2018, 10])  # the demo's ten are [2018, 0] to [2018, 9]
-members = find_members("outputs/demo")
-networks = load_networks("compact", [member.path for member in members])
-probs = predict_mean(networks, cut_tiles(image), "compact")  # [40,101,101]
-probs = probs.reshape(5, 8, 101, 101).swapaxes(1, 2).reshape(image.shape)  # the tiles put together again
+SECTION = [2018, 10]  # the demo's ten are [2018, 0] to [2018, 9]
+image, mask = make_section(SECTION)
+tiles, _ = section_tiles(SECTION)  # each stretched by itself, as those that the networks learned from
+networks = load_networks("compact", [member.path for member in find_members("outputs/demo")])
+probs = lay_tiles(predict_mean(networks, tiles, "compact"), image.shape[1] // tiles.shape[2])
 plot_section(image, mask, probs).savefig(Path(__file__).with_suffix(".jpg"), pil_kwargs={"quality": 80})
