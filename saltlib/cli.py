@@ -254,7 +254,7 @@ def main(
         elif args.command == "bench":
             from saltlib.bench import bench_table, run_bench
 
-            if args.json and ((place := Path(args.json).resolve()).is_dir() or not place.parent.is_dir() or not os.access(place.parent, os.W_OK)):
+            if args.json and ((place := Path(args.json).resolve()).exists() and not place.is_file() or not place.parent.is_dir() or not os.access(place.parent, os.W_OK)):
                 raise SaltError(f"The figures can't be written to {args.json}: name a file in a folder that is there and may be written.")
             bench = run_bench(args.quick, args.scale, tell=lambda line: print(line, file=sys.stderr, flush=True))
             console().print(bench_table(bench))
@@ -269,7 +269,7 @@ def main(
         sys.stdout = None
         return 1
     except OSError as error:
-        print(f"salt {args.command}: {error.filename or 'a file'}: {error.strerror}. Mend that and give the same command again; finished steps and epochs are kept.", file=sys.stderr)
+        print(f"salt {args.command}: {error.filename or 'a file'}: {error.strerror or error}. Mend that and give the same command again; finished steps and epochs are kept.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from the last finished step and epoch" * (args.command in ("demo", "run", "step"))

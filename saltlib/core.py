@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PACKAGED', 'PACKAGES', 'SaltError', 'project_root', 'runs_folder', 'writing', 'refuse_used', 'write_atomic',
            'read_json', 'read_torch', 'derive_seed', 'set_seed', 'visible_gpus', 'gpu_works', 'pick_device',
-           'half_dtype', 'autocast', 'versions', 'git_commit', 'checksum', 'usable_cores', 'ahead', 'process_memory',
-           'peak_memory', 'seal', 'RunRecord', 'read_record', 'changed_files', 'flat_settings', 'flat_differences']
+           'half_dtype', 'autocast', 'versions', 'git_commit', 'checksum', 'usable_cores', 'socket_folder', 'ahead',
+           'process_memory', 'peak_memory', 'seal', 'RunRecord', 'read_record', 'changed_files', 'flat_settings',
+           'flat_differences']
 
 # %% ../nbs/00_core.ipynb #c9c673a4
-import contextlib, hashlib, importlib.metadata, importlib.resources, json, os, platform, random, re, resource, shutil, subprocess, sys, time, zipfile
+import contextlib, errno, hashlib, importlib.metadata, importlib.resources, json, os, platform, random, re, resource, shutil, subprocess, sys, tempfile, time, zipfile
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -72,11 +73,14 @@ def write_atomic(
     path: str | Path,  # final place; its folder is made if missing
     data: str | bytes | Iterable[str],  # the whole content, at once or line by line
 ) -> Path:
-    "Write `data` so that `path` is either as before or complete, also after a crash or on a full disk. `SaltError` if that fails."
+    "Write `data` so that `path` is either as before or complete, also after a crash or on a full disk. `SaltError` if that fails, or if it is a folder or a device."
     path = Path(path)
+    path = path.resolve() if path.is_symlink() else path  # the file that it names, not the link, is replaced
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with writing(path):
+            if path.exists() and not path.is_file():
+                raise OSError(errno.EEXIST, "no file, but something else, has this name")
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(scratch, "wb") as file:
                 for part in [data] if isinstance(data, str | bytes) else data:
@@ -95,7 +99,7 @@ def read_json(
 ) -> dict | list:
     "The content of a JSON file; `SaltError` if it is missing or damaged."
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # RecursionError: brackets in brackets in brackets ...
         raise SaltError(f"{path} is missing or damaged ({error}): delete it and repeat the step that writes it.") from error
 
@@ -233,6 +237,11 @@ def usable_cores() -> int:
     "How many CPU cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # a Mac has no such limits
 
+# %% ../nbs/00_core.ipynb #5ocf0001
+def socket_folder() -> str | None:  # as `dir` of the tempfile module
+    "Where sockets go: the folder of temporary files, unless its name leaves too little of the 107 bytes that a socket's may have."
+    return "/tmp" if len(os.fsencode(tempfile.gettempdir())) > 60 else None
+
 # %% ../nbs/00_core.ipynb #a4ead002
 def ahead(
     work: Callable,  # of one item, done by a thread
@@ -300,7 +309,7 @@ class RunRecord:
             "step": self.step, "status": "done", "arguments": self.arguments, "metrics": metrics,
             "inputs": inputs or {}, "files": {name: checksum(Path(self.folder) / name) for name in files},
             "seconds": round(time.time() - self.started, 1), "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "device": self.device, "host_cores": os.cpu_count(), "versions": versions(), "commit": git_commit(),
+            "device": self.device, "host_cores": os.cpu_count(), "threads": sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 1, "versions": versions(), "commit": git_commit(),
         }
         record |= {"checksum": seal(json.loads(json.dumps(record, allow_nan=False)))}
         write_atomic(Path(self.folder) / "record.json", json.dumps(record, indent=1) + "\n")

@@ -13,7 +13,7 @@ __all__ = ['KEPT', 'BLOCK', 'LENGTH', 'STEP', 'LINES', 'SUMS', 'EXAMPLES', 'TEAC
 
 # %% ../nbs/03_mosaic.ipynb #fa10dbd5
 import math
-import tempfile
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -162,8 +162,8 @@ def margin(
     similarity: np.ndarray,  # float32 [P], of pairs
     rival: np.ndarray,  # float32 [P], best similarity of their sides elsewhere
 ) -> np.ndarray:  # [P], 1 - d/d2: above 0 if the two are nearest to each other
-    "How far a pair is ahead of its nearest rival."
-    return 1 - distance(similarity) / np.maximum(distance(rival), 1e-3)
+    "How far a pair is ahead of its nearest rival. Less than a thousandth is rounding: of two equal rivals none is ahead."
+    return 1 - np.maximum(distance(similarity), 1e-3) / np.maximum(distance(rival), 1e-3)
 
 # %% ../nbs/03_mosaic.ipynb #1dc5a413
 def published_sides(
@@ -504,12 +504,12 @@ def write_mosaics(
 ) -> list[np.ndarray]:  # the grids: row numbers of train and test tiles together, train first
     "Write pairs.csv, mosaic_0000.csv, mosaic_0000.png ... `SaltError` before work begins if the data are not in order or the folder is in use, and at its end if the folder has got other files meanwhile."
     out = Path(out)
-    refuse_used(out, "the mosaics")
+    whole = out / ".part"
+    refuse_used(out, "the mosaics", left=[whole.name])  # of a call that was killed
+    shutil.rmtree(whole, ignore_errors=True)
     with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=".", dir=out)  # before the work: a read-only place is refused at once
-    with scratch:
-        whole = Path(scratch.name)
+        whole.mkdir(parents=True)  # before the work: a read-only place is refused at once
+    try:
         refuse_bad_data(root)
         tiles = load_tiles(root, "test", after=(train := load_tiles(root, "train")))
         ids, neighbors = tiles.ids, find_neighbors(tiles.images, gpu=gpu)
@@ -523,4 +523,6 @@ def write_mosaics(
             raise SaltError(f"{out} has got {others[0]} from elsewhere meanwhile: name another folder for the mosaics.")
         for path in whole.iterdir():
             path.replace(out / path.name)
+    finally:
+        shutil.rmtree(whole, ignore_errors=True)
     return grids

@@ -7,7 +7,7 @@ __all__ = ['PUBLISHED_V5', 'PUBLISHED_BES', 'Member', 'published_members', 'read
            'reserve', 'predict_folder']
 
 # %% ../nbs/19_new_tiles.ipynb #f4df4117
-import os, re, tempfile
+import os, re, shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +62,7 @@ def run_members(
     models: Path,  # a run's folder, outputs/<recipe>
 ) -> list[Member]:
     "The networks of a run's last round, its groups stretched as they were over its test tiles. `SaltError` if one is not trained or its weights are damaged, or that stretch is not known yet."
-    recipe, outputs = read_run(models), models.resolve().parent
+    recipe, outputs = read_run(models), models.absolute().parent
     name, last = list(recipe.rounds.items())[-1]
     found = []
     for k, (group_name, group) in enumerate(last.ensemble.items()):
@@ -127,7 +127,7 @@ def predict_folder(
     from saltlib.published import load_published
 
     out = Path(out)
-    if out.is_dir() or not out.parent.is_dir():
+    if out.exists() and not out.is_file() or not out.parent.is_dir():
         raise SaltError(f"The result can't be written to {out}: name a file in a folder that is there.")
     if out.resolve().parent == Path(images).resolve():
         raise SaltError(f"The result can't be written to {out}, among the tiles, where nothing else may lie: name a file in another folder.")
@@ -139,7 +139,10 @@ def predict_folder(
 
     for member in {member.path: member for member in members}.values():
         load(member)  # a damaged one is refused before the others have worked
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+    scratch = out.with_name(f".{out.name}.part")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a call that was killed
+    try:
+        scratch.mkdir()
         means = {}
         for group in dict.fromkeys(m.group for m in members):  # in one order, whatever the hash seed: sums of floats know it
             means[group] = np.lib.format.open_memmap(file := f"{scratch}/{group}.npy", "w+", np.float32, tiles.shape)
@@ -157,6 +160,8 @@ def predict_folder(
             black = is_black(tiles[rows])[:, None, None]
             parts = [stretch(mean[rows], *ends[group]) for group, mean in means.items()]
             codes += encode_masks(~black & (sum(parts) / len(parts) > 0.5))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     write_rle_csv(out, ids, codes)
     print(f"{out}: {len(ids)} tiles, {sum(code != '' for code in codes)} with salt")
 

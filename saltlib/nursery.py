@@ -15,6 +15,8 @@ import psutil
 from jupyter_client import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
 
+from .core import socket_folder
+
 # %% ../nbs/17_nursery.ipynb #aa170005
 PRELOADED = ("ipykernel.kernelapp", "saltlib.steps", "saltlib.plots", "saltlib.training", "saltlib.inference", "segmentation_models_pytorch")
 
@@ -81,7 +83,7 @@ ADDRESS = "SALT_NURSERY"  # the environment variable that names a nursery's sock
 @contextlib.contextmanager
 def nursery() -> Iterator[None]:
     "While this is open, kernels of `NurseryManager` in this process and those that it starts are forks of one process."
-    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+    with tempfile.TemporaryDirectory(dir=socket_folder()) as folder, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(address := f"{folder}/nursery")
         listener.listen()
         begin = "import socket, sys; from saltlib.nursery import tend; tend(socket.socket(fileno=int(sys.argv[1])))"

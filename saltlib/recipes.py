@@ -386,7 +386,7 @@ def read_recipe(
     "The recipe in a file, with changes. `SaltError` for an unreadable file, an unknown key or a value out of range."
     path = Path(path)
     try:
-        refuse_twins(yaml.compose(text := path.read_text(), yaml.SafeLoader))
+        refuse_twins(yaml.compose(text := path.read_text(encoding="utf-8"), yaml.SafeLoader))
         plain = yaml.safe_load(text)
         largest = count_values(plain)
     except FileNotFoundError:
@@ -547,7 +547,7 @@ def read_run(
     folder: str | Path,  # of a run that was begun
 ) -> Recipe:
     "The recipe of a run, named as its folder is now: a copied or renamed one does not know that name."
-    return read_recipe(Path(folder) / "recipe.yaml").model_copy(update={"name": Path(folder).resolve().name})
+    return read_recipe(Path(folder) / "recipe.yaml").model_copy(update={"name": Path(folder).absolute().name})
 
 
 def run_names(

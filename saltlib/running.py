@@ -7,18 +7,18 @@ __all__ = ['SCORE_NOTE', 'FOLLOWS', 'check_parameters', 'say', 'LabelledLines', 
            'run_step', 'Progress', 'signal_all', 'interrupt_all', 'watch', 'find_recipe', 'is_run', 'from_root',
            'load_recipe', 'outdated_steps', 'steps_until', 'count_tiles', 'training_passes', 'measured_rates',
            'expected_cost', 'notebook_error', 'training_progress', 'status_rows', 'find_profile', 'report_page',
-           'clear_outdated', 'snakemake_command', 'make_progress', 'print_outcome', 'run_recipe']
+           'clear_outdated', 'snakemake_command', 'give_cache', 'make_progress', 'print_outcome', 'run_recipe']
 
 # %% ../nbs/18_running.ipynb #e3e2b213
-import contextlib, csv, fcntl, io, os, re, shutil, signal, socket, subprocess, sys, tempfile, time
+import contextlib, csv, fcntl, io, json, os, re, shutil, signal, socket, subprocess, sys, tempfile, time
 from collections import Counter, deque
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 import psutil
 
-from .core import SaltError, changed_files, checksum, project_root, read_json, read_record, runs_folder, usable_cores, visible_gpus, write_atomic
-from .data import SIZE, refuse_bad_data
+from .core import SaltError, changed_files, checksum, pick_device, project_root, read_json, read_record, runs_folder, socket_folder, usable_cores, visible_gpus, write_atomic
+from .data import SIZE, read_by_id, refuse_bad_data
 from .recipes import Recipe, Step, check_settings, find_step, read_recipe, recipe_folder, recipe_steps, run_names, step_folder, step_inputs, write_recipe
 
 # papermill and nbformat load jsonschema, which would build a grammar of web addresses for 3 s if it could; notebooks hold none.
@@ -73,7 +73,7 @@ def execute_notebook(
 
     check_parameters(notebook, parameters)
     # Sockets in a folder of its own: two kernels that start at once can't meet on a port, and none is open to others.
-    with tempfile.TemporaryDirectory() as sockets:
+    with tempfile.TemporaryDirectory(dir=socket_folder()) as sockets:
         config = Config(KernelManager={"transport": "ipc", "connection_file": f"{sockets}/kernel.json"})
         config.NotebookClient.kernel_manager_class = "saltlib.nursery.NurseryManager"
         config.NotebookClient.shutdown_kernel = "immediate"  # what a step leaves is on the disk
@@ -150,7 +150,7 @@ def run_step(
     "Carry out one step of a recipe, if its record does not say that it is done. `SaltError` if the recipe has no such step."
     os.chdir(project_root())
     recipe = read_recipe(recipe_file)
-    if Path(recipe_file).name != "recipe.yaml" or Path(recipe_file).resolve().parent.name != recipe.name:
+    if Path(recipe_file).name != "recipe.yaml" or Path(recipe_file).absolute().parent.name != recipe.name:
         raise SaltError(f"{recipe_file} is not the recipe of a run: give outputs/{recipe.name}/recipe.yaml, which salt run writes.")
     step = find_step(recipe, kind, round, phase, fold)
     folder = step_folder(recipe, step, Path(recipe_file).parent.parent)
@@ -264,7 +264,7 @@ def watch(
     "Run a command under a live view, or with plain lines where there is no terminal."
     from rich.live import Live
 
-    plain = verbose or not (quiet or sys.stdout.isatty())
+    plain = verbose or not (quiet or sys.stdout and sys.stdout.isatty())  # it may be closed
     view = contextlib.nullcontext() if quiet or plain else Live(get_renderable=progress.table, refresh_per_second=2, transient=True)
     piped = {} if plain else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     before = {
@@ -309,7 +309,7 @@ def is_run(
     path: Path,  # of `find_recipe`
 ) -> bool:
     "Is it the recipe of a run in outputs?"
-    return path.name == "recipe.yaml" and path.resolve().parent.parent == project_root() / "outputs"
+    return path.name == "recipe.yaml" and path.absolute().parent.parent.resolve() == (project_root() / "outputs").resolve()
 
 
 def from_root(
@@ -317,7 +317,7 @@ def from_root(
     root: Path,  # the project's top folder, in which notebooks are executed
 ) -> str:
     "How a notebook is told of a path: briefly, if it is in the project."
-    path = path.resolve()
+    path = Path(os.path.abspath(path))  # a link in the project stays one
     return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 
@@ -328,11 +328,10 @@ def load_recipe(
 ) -> Recipe:
     "The recipe with its changes, its data folder seen from the project's top. `SaltError` for a run that was renamed or copied, whose records name another."
     recipe = read_recipe(path := find_recipe(name), changes)
-    if is_run(path) and (begun := read_recipe(path).name) != path.resolve().parent.name:
+    if is_run(path) and (begun := read_recipe(path).name) != path.absolute().parent.name:
         raise SaltError(f"{path.parent} was {begun} when its steps were made, and their records say so: rename it to {begun}, and run that.")
-    if data is not None:
-        recipe = recipe.model_copy(update={"data": from_root(Path(data), project_root())})
-    return recipe
+    root = project_root()
+    return recipe.model_copy(update={"data": from_root(root / recipe.data if data is None else Path(data), root)})
 
 # %% ../nbs/18_running.ipynb #b72d4e04
 def outdated_steps(
@@ -392,7 +391,8 @@ def training_passes(
     valid = train / recipe.folds.n
     if step.kind == "predict":
         return len(phase.files(step.fold)) * len(phase.prediction_models) * 2 * (valid + test) / 3
-    chosen = sum(max(runs) for *_, runs in DEALT) * test / 18_000 if phase.pseudo_labels.deal else test
+    last = step.fold == recipe.folds.n - 1  # it gets what the others leave
+    chosen = sum(max(runs) for *_, runs in DEALT) * test / 18_000 * 5 / recipe.folds.n if phase.pseudo_labels.deal and not last else test
     tiles = phase.data.tiles if phase.synthetic else (phase.data != "pseudo") * phase.repeat_train * (train - valid) + phase.pseudo * chosen
     return phase.total_epochs * ((phase.draws or 1) * tiles + valid / 3)
 
@@ -532,9 +532,9 @@ def clear_outdated(
     for step in outdated:
         folder = step_folder(recipe, step, outputs)
         # Snakemake makes a file again only if something that is missing needs it: so what follows from a lost result goes, too,
-        # and a training or prediction that had come to its end begins anew. So does an interrupted one whose weights are trained anew:
-        # it would be refused, as the new ones may be others.
-        if (folder / "record.json").exists() or any(needed.kind == "train" and needed in outdated for needed in step_inputs(recipe, step)):
+        # and a training or prediction that had come to its end begins anew. So does an interrupted one whose weights or pseudo-labels
+        # are made anew: it would be refused, as the new ones may be others.
+        if (folder / "record.json").exists() or any(needed.kind in ("train", "ensemble") and needed in outdated for needed in step_inputs(recipe, step)):
             (folder / "checkpoint.pt").unlink(missing_ok=True)
             shutil.rmtree(folder / "predictions.zarr", ignore_errors=True)
             (folder / "record.json").unlink(missing_ok=True)
@@ -563,9 +563,20 @@ def snakemake_command(
     return [
         sys.executable, "-m", "snakemake", *(str((step_folder(recipe, step, outputs) / "record.json").relative_to(folder)) for step in targets),
         "--snakefile", str(runs_folder() / "Snakefile"), "--directory", str(folder), *where,
-        "--config", f"gpu={int(use_gpu)}", f"cores={1 if profile or gpus else cores}", f"per_gpu={per_gpu}",
+        "--config", f"gpu={int(use_gpu)}", f"cores={1 if profile or gpus else cores}", f"per_gpu={per_gpu}", f"project={json.dumps(os.getcwd())}",
         "--ignore-incomplete", "--rerun-triggers", "mtime", "--keep-going", "--nolock", "--quiet", "all",
     ]
+
+
+def give_cache(
+    folder: Path,  # of a run
+) -> None:
+    "Let Snakemake, and what it starts, keep files in the run's folder where the user's ~/.cache can't be written, as in containers."
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    with contextlib.suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True)
+    if not os.access(cache, os.W_OK):
+        os.environ["XDG_CACHE_HOME"] = str((folder / ".snakemake" / "cache").resolve())
 
 
 def make_progress(
@@ -621,8 +632,14 @@ def run_recipe(
         raise SaltError("--cores counts the cores of this machine, but with --profile a cluster deals out its own: leave it out.")
     wanted = steps_until(recipe, until)
     check_settings(recipe, outputs)
-    if recipe.folds.file and not Path(recipe.folds.file).is_file() and read_record(prepare) is None:
-        raise SaltError(f"{recipe.folds.file} is missing: folds.file counts from {Path.cwd()}.")
+    new = read_record(prepare) is None
+    if new and recipe.folds.file:
+        if not Path(recipe.folds.file).is_file():
+            raise SaltError(f"{recipe.folds.file} is missing: folds.file counts from {Path.cwd()}.")
+        if ids := read_by_id(Path(recipe.data) / "train.csv", "rle_mask")[0]:
+            from saltlib.steps import own_folds  # loads what `salt status` can do without
+
+            own_folds(recipe.folds, [*ids])
     if dry_run:
         outdated = outdated_steps(recipe, outputs)
         steps = [step for step in outdated if step in wanted]
@@ -631,10 +648,12 @@ def run_recipe(
         return
     if cluster and re.search(r"(?m)^executor: *slurm\b", (cluster / "config.yaml").read_text()) and not shutil.which("sbatch"):
         raise SaltError(f"--profile {profile} hands the steps to Slurm, but there is no command sbatch here: run it on a machine of the cluster.")
+    if recipe.device == "cuda" and not cluster:
+        pick_device("cuda")  # said here once, not by each training
     from saltlib.nursery import nursery
 
     status = 0
-    if read_record(prepare) is None:
+    if new:
         refuse_bad_data(recipe.data)  # said here at once, before any step begins, and before the run has a folder
     with hold(folder / ".lock", f"A run of {recipe.name}") as lock:
         write_recipe(recipe, outputs)
@@ -646,6 +665,7 @@ def run_recipe(
         if steps or not (until or report_page(recipe, outputs).exists()):
             command = snakemake_command(recipe, outputs, wanted if until else [], cluster, cores or usable_cores(), gpus, per_gpu, use_gpu)
             with contextlib.nullcontext() if cluster or sys.platform != "linux" else nursery():
+                give_cache(folder)
                 # Snakemake inherits the lock: as long as it works, also after this process was killed, no other run begins.
                 status = watch(command, [lock.fileno()], make_progress(recipe, steps, outputs), quiet, verbose, 60 if cluster else 10)
     if status:

@@ -222,7 +222,7 @@ def to_grey(
 ) -> np.ndarray:  # uint8 [...,H,W], smallest amplitude 0, largest 255; 0 throughout where all are the same
     "Grey values; the contrast of each picture is stretched by itself. `SaltError` for amplitudes that are no finite numbers."
     amplitudes = np.asarray(amplitudes)
-    if amplitudes.dtype.kind != "f":  # differences of 16-bit integers, as SEG-Y may hold them, leave their range
+    if amplitudes.dtype not in (np.float32, np.float64):  # differences of 16-bit numbers, as SEG-Y may hold them, leave their range
         amplitudes = amplitudes.astype(np.float64)
     if not np.isfinite(amplitudes).all():
         raise SaltError(f"{np.count_nonzero(~np.isfinite(amplitudes))} amplitudes are no finite numbers: cut off what is muted or missing, or set it to 0, e.g. with np.nan_to_num.")
@@ -299,7 +299,7 @@ def make_dataset(
     black_share: float = 0.02,  # share of tiles that are one constant value, 0..1
 ) -> Path:  # the folder
     "Write a data folder of the competition's shape from synthetic sections. `SaltError` if the folder is in use or cannot be written."
-    root = Path(root)
+    root = Path(root).resolve()  # a link's place, which the data take
     refuse_used(root, "the synthetic data")
     shape = height_tiles, width_tiles
     n = n_sections * height_tiles * width_tiles

@@ -250,11 +250,12 @@ def test_any_folder_may_hold_the_project(tmp_path):
     python = folder.parent.parent / "python"
     python.symlink_to(sys.executable)
     (folder / "recipe.yaml").write_text(SINGLE)
-    command = [python, "-m", "snakemake", "--snakefile", runs / "Snakefile", "--directory", folder, "--cores", "1", "--config", "gpu=0", "cores=1", "per_gpu=1", "--dry-run", "--printshellcmds", "--nolock"]
+    command = [python, "-m", "snakemake", "--snakefile", runs / "Snakefile", "--directory", folder, "--cores", "1", "--config", "gpu=0", "cores=1", "per_gpu=1", f"project={json.dumps(str(folder.parent.parent))}", "--dry-run", "--printshellcmds", "--nolock"]
     shown = subprocess.run(command, env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.pathsep.join(p for p in sys.path if 'site-packages' in p)}"}, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     import shlex
     assert shown.stdout.count(f"{shlex.quote(str(python))} -c") == 6, shown.stdout  # five steps and the page of the report
+    assert shown.stdout.count(f"cd {shlex.quote(str(folder.parent.parent))} && ") == 5, shown.stdout
 
 
 # Two at once

@@ -503,6 +503,19 @@ def test_trainings_alone_end_with_the_round_before_predictions(tmp_path, monkeyp
     assert sorted(asked) == [("prepare", ""), ("train", "round1"), ("train", "round1")] and [*map(str, running.steps_until(recipe, "train"))][1:] == [f"train round1 compact fold {k}" for k in (0, 1)], shown
 
 
+def test_outputs_on_another_disk_long_names_of_temporary_folders_and_no_home(tmp_path):
+    "As on clusters and in containers."
+    project = make_project(tmp_path / "project", n_sections=1)
+    (disk := tmp_path / "disk" / "results").mkdir(parents=True)
+    (project / "outputs").symlink_to(disk)
+    (temporary := tmp_path / ("t" * 80)).mkdir()
+    env = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"} | {"TMPDIR": str(temporary), "HOME": "/proc/none"}
+    done = subprocess.run([*SALT, "run", "demo", "--until", "prepare"], cwd=project, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and list(records(project)) == ["prepare"], done.stdout + done.stderr
+    shutil.copytree(project / "outputs/demo", project / "outputs/copy", ignore=shutil.ignore_patterns(".snakemake"))
+    assert "was demo when its steps were made" in salt(project, "run", "copy", check=False).stderr
+
+
 def test_a_recipe_is_found_where_the_user_is(tmp_path, monkeypatch, capsys):
     project = make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=4)
     (project / "own").mkdir()
@@ -580,7 +593,7 @@ def test_trainings_that_can_be_at_work_together_share_the_cores(tmp_path, name, 
     project = make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=4)
     recipe = read_recipe(ROOT / f"nbs/runs/recipes/{name}.yaml", ["data=data/demo"])
     folder = write_recipe(recipe, project / "outputs").parent
-    command = [sys.executable, "-m", "snakemake", "--dry-run", "--printshellcmds", "--snakefile", ROOT / "nbs/runs/Snakefile", "--directory", folder, "--cores", "3", "--config", "gpu=0", "cores=3", "per_gpu=1"]
+    command = [sys.executable, "-m", "snakemake", "--dry-run", "--printshellcmds", "--snakefile", ROOT / "nbs/runs/Snakefile", "--directory", folder, "--cores", "3", "--config", "gpu=0", "cores=3", "per_gpu=1", f"project={ROOT}"]
     shown = subprocess.run(command, capture_output=True, text=True).stdout
     given = dict(re.findall(r"step .* train --round round1 --phase (\w+) --fold 0 --threads (\d)", shown))
     assert set(given) == set(recipe.rounds["round1"].phases) and set(given.values()) == threads, shown
