@@ -12,7 +12,6 @@ __all__ = ['KEPT', 'BLOCK', 'LENGTH', 'STEP', 'LINES', 'SUMS', 'EXAMPLES', 'TEAC
            'write_mosaics']
 
 # %% ../nbs/03_mosaic.ipynb #fa10dbd5
-import hashlib
 import math
 import shutil
 from collections import deque
@@ -284,9 +283,9 @@ def learned_pairs(
     if not len(visible):
         return published_pairs(tiles, gpu)  # none
     published = published_pairs(tiles, gpu)[0][["first", "second"]]  # first, so that its descriptors are not in memory beside the others
-    # Any of them can teach; chosen and put in order by what they show, so that their place in the array decides nothing.
-    teachers = sorted(visible, key=lambda row: hashlib.blake2b(tiles[row].tobytes(), digest_size=8).digest())[:TEACHERS]
-    sides = learned_sides(tiles, continuation := learn_continuation(tiles[teachers]))
+    if len(visible) > TEACHERS:
+        visible = np.sort(np.random.default_rng(0).choice(visible, TEACHERS, replace=False))
+    sides = learned_sides(tiles, continuation := learn_continuation(tiles[visible]))
     unclear = max(CLEAR + 0.5 * np.log(1 - continuation[2] ** 2).sum(), 0)  # how much less than `CLEAR` a side says about the next
     pairs = close_pairs(*sides["sharp"], least=0.5, gpu=gpu)
     flat, line = (pair_similarity(sides[kind], pairs.first, pairs.second) for kind in ("flat", "line"))
