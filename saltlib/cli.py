@@ -211,7 +211,7 @@ def make_parser() -> argparse.ArgumentParser:
     step.add_argument("--round", default="", metavar="NAME", help="of a train, predict or ensemble step")
     step.add_argument("--phase", default="", metavar="NAME", help="of a train or predict step")
     step.add_argument("--fold", type=int, metavar="K", help="none for a phase that is shared by all folds")
-    step.add_argument("--threads", type=int, default=0, metavar="N", help="threads for torch on the CPU (default: torch decides)")
+    step.add_argument("--threads", type=positive, default=0, metavar="N", help="threads for torch on the CPU (default: torch decides)")
     step.add_argument("--per-gpu", type=positive, default=1, metavar="N", help="steps that may share a GPU, where there are several")
     return parser
 

@@ -244,7 +244,7 @@ class Recipe(Strict):
     name: Name  # results go to outputs/<name>/
     data: str  # data folder in the competition's shape
     seed: int = Field(0, ge=0)
-    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda)$")] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     folds: Folds = Folds()
     clean_pseudo_labels: bool = True  # fold k's pseudo-labels come only from models that never saw fold k's tiles
     postprocess: tuple[Literal["published", "continued"], ...] = ()  # mosaic rules that correct the submission; the first that speaks of a tile decides
@@ -358,6 +358,8 @@ def in_words(
         said = "there is no such key here" + (f", but in {' and '.join(homes)}" if homes else f"; {close[0]} is meant?" if close else "")
     elif error["type"] == "missing":
         said = "is missing"
+    elif error["type"] == "string_pattern_mismatch":
+        said = f"{error['input']!r} is no name: it takes letters, digits and _, a letter first"
     elif error["type"] == "union_tag_not_found":
         said = "has no name: say which one it is"
     elif error["type"] == "tuple_type":
