@@ -60,7 +60,7 @@ def show_status(
 ) -> bool:  # True if all steps are done
     "Print a table of the steps of a run, with the settings that it was last begun with."
     recipe = read_recipe(path := find_recipe(name))
-    folder = path.resolve().parent if is_run(path) else recipe_folder(recipe, project_root() / "outputs")
+    folder = path.absolute().parent if is_run(path) else recipe_folder(recipe, project_root() / "outputs")
     os.chdir(project_root())
     if (folder / "recipe.yaml").exists():
         recipe = read_run(folder)
