@@ -653,9 +653,9 @@ def run_recipe(
     from saltlib.nursery import nursery
 
     status = 0
-    if new:
-        refuse_bad_data(recipe.data)  # said here at once, before any step begins, and before the run has a folder
     with hold(folder / ".lock", f"A run of {recipe.name}") as lock:
+        if new:
+            refuse_bad_data(recipe.data)  # said here at once, before any step begins
         write_recipe(recipe, outputs)
         outdated = outdated_steps(recipe, outputs)
         steps = [step for step in outdated if step in wanted]

@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from saltlib import running
 from saltlib.cli import show_status
-from saltlib.core import RunRecord, SaltError, checksum, read_record, seal
+from saltlib.core import RunRecord, SaltError, checksum, gpu_works, read_record, seal
 from saltlib.data import PredictionStore, load_tiles, read_rle_csv, rle_decode
 from saltlib.inference import load_networks, predict_mean
 from saltlib.metrics import precision_at_iou
@@ -323,7 +323,8 @@ def test_what_a_finished_run_refuses_and_mends(finished, tmp_path):
         ("step", "prepare", "--recipe-file", "nbs/runs/recipes/demo.yaml"): "is not the recipe of a run",
         ("run", "demo", *SHORT, "--set", "seed=3", "--dry-run"): "was made with other settings",
         ("run", "demo"): "give this run a name of its own with --set name=",
-        ("run", "demo", "--set", "name=mine", "--data", "nowhere"): "nowhere is missing",
+        ("run", "demo", "--set", "name=mine", "--set", "folds.file=nbs/runs/recipes/demo.yaml"): "demo.yaml",
+        **({} if gpu_works() else {("run", "demo", "--set", "name=mine", "--set", "device=cuda"): "Device cuda was asked for, but torch"}),
         ("run", "demo", *SHORT, "--profile", "nonsense", "--dry-run"): "There is no profile nonsense",
         ("run", "demo", "--set", "name=mine", "--set", "folds.file=nowhere.csv"): "nowhere.csv is missing",
     }.items():
