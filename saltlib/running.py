@@ -563,7 +563,7 @@ def snakemake_command(
     return [
         sys.executable, "-m", "snakemake", *(str((step_folder(recipe, step, outputs) / "record.json").relative_to(folder)) for step in targets),
         "--snakefile", str(runs_folder() / "Snakefile"), "--directory", str(folder), *where,
-        "--config", f"gpu={int(use_gpu)}", f"cores={1 if profile or gpus else cores}", f"per_gpu={per_gpu}", f"project={json.dumps(os.getcwd())}",
+        "--config", f"gpu={int(use_gpu)}", f"cores={1 if profile or gpus else cores}", f"per_gpu={per_gpu}", f"project={json.dumps([os.getcwd()], ensure_ascii=False)}",
         "--ignore-incomplete", "--rerun-triggers", "mtime", "--keep-going", "--nolock", "--quiet", "all",
     ]
 

@@ -244,13 +244,13 @@ def test_the_report_shows_names_and_does_not_run_them():
 
 def test_any_folder_may_hold_the_project(tmp_path):
     "The commands that Snakemake gives to the shell are quoted."
-    folder = tmp_path / "it's {my} $(project)/outputs/single"
+    folder = tmp_path / "it's {my} $(project): ölfeld 😀/outputs/single"
     folder.mkdir(parents=True)
     shutil.copytree(ROOT / "nbs/runs", runs := folder.parent.parent / "nbs/runs")
     python = folder.parent.parent / "python"
     python.symlink_to(sys.executable)
     (folder / "recipe.yaml").write_text(SINGLE)
-    command = [python, "-m", "snakemake", "--snakefile", runs / "Snakefile", "--directory", folder, "--cores", "1", "--config", "gpu=0", "cores=1", "per_gpu=1", f"project={json.dumps(str(folder.parent.parent))}", "--dry-run", "--printshellcmds", "--nolock"]
+    command = [python, "-m", "snakemake", "--snakefile", runs / "Snakefile", "--directory", folder, "--cores", "1", "--config", "gpu=0", "cores=1", "per_gpu=1", f"project={json.dumps([str(folder.parent.parent)], ensure_ascii=False)}", "--dry-run", "--printshellcmds", "--nolock"]
     shown = subprocess.run(command, env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.pathsep.join(p for p in sys.path if 'site-packages' in p)}"}, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     import shlex

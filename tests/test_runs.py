@@ -594,7 +594,7 @@ def test_trainings_that_can_be_at_work_together_share_the_cores(tmp_path, name, 
     project = make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=4)
     recipe = read_recipe(ROOT / f"nbs/runs/recipes/{name}.yaml", ["data=data/demo"])
     folder = write_recipe(recipe, project / "outputs").parent
-    command = [sys.executable, "-m", "snakemake", "--dry-run", "--printshellcmds", "--snakefile", ROOT / "nbs/runs/Snakefile", "--directory", folder, "--cores", "3", "--config", "gpu=0", "cores=3", "per_gpu=1", f"project={ROOT}"]
+    command = [sys.executable, "-m", "snakemake", "--dry-run", "--printshellcmds", "--snakefile", ROOT / "nbs/runs/Snakefile", "--directory", folder, "--cores", "3", "--config", "gpu=0", "cores=3", "per_gpu=1", f"project={json.dumps([str(ROOT)])}"]
     shown = subprocess.run(command, capture_output=True, text=True).stdout
     given = dict(re.findall(r"step .* train --round round1 --phase (\w+) --fold 0 --threads (\d)", shown))
     assert set(given) == set(recipe.rounds["round1"].phases) and set(given.values()) == threads, shown
