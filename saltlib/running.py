@@ -22,7 +22,7 @@ from .data import SIZE, read_by_id, refuse_bad_data
 from .recipes import Recipe, Step, check_settings, find_step, read_recipe, recipe_folder, recipe_steps, run_names, step_folder, step_inputs, write_recipe
 
 # papermill and nbformat load jsonschema, which would build a grammar of web addresses for 3 s if it could; notebooks hold none.
-sys.modules.setdefault("rfc3987_syntax", None)
+sys.modules["rfc3987_syntax"] = sys.modules.get("rfc3987_syntax")
 
 # %% ../nbs/18_running.ipynb #6d47fb2d
 def check_parameters(
@@ -82,7 +82,10 @@ def execute_notebook(
         handler.write = lambda text, path: write_atomic(path, text)  # papermill's own would leave half a notebook after a kill or on a full disk
         papermill_io.register(str(output), handler)
         try:
-            papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", start_timeout=600, progress_bar=False, stdout_file=LabelledLines(label), config=config)
+            papermill.execute_notebook(
+                str(notebook), str(output), parameters, kernel_name="python3", start_timeout=600, progress_bar=False, stdout_file=LabelledLines(label), config=config,
+                coalesce_streams=True,  # the lines of all epochs are one block of text, not a block each
+            )
         except papermill.PapermillExecutionError as error:
             raise SaltError(f"{label} failed: {error.ename}: {error.evalue} (the executed notebook is {output})") from None
         except DeadKernelError:
