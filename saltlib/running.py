@@ -333,6 +333,8 @@ def load_recipe(
     recipe = read_recipe(path := find_recipe(name), changes)
     if is_run(path) and (begun := read_recipe(path).name) != path.absolute().parent.name:
         raise SaltError(f"{path.parent} was {begun} when its steps were made, and their records say so: rename it to {begun}, and run that.")
+    if data is None and is_run(path):
+        return recipe  # it goes on with its data as its records name them
     root = project_root()
     return recipe.model_copy(update={"data": from_root(root / recipe.data if data is None else Path(data), root)})
 
