@@ -84,7 +84,10 @@ def augment_tile(
     "Image and mask after the transform's next random draw. `SaltError` if it gives another kind or size of tile."
     drawn = transform(image=image, mask=mask * np.uint8(255))
     if drawn["image"].dtype != np.uint8 or drawn["image"].shape != image.shape:
-        raise SaltError(f"An augmentation must leave a tile uint8 {list(image.shape)}, not {drawn['image'].dtype} {list(drawn['image'].shape)}: it becomes the network's input later, by saltlib.models.prepare.")
+        raise SaltError(
+            f"An augmentation must leave a tile uint8 {list(image.shape)}, not {drawn['image'].dtype} {list(drawn['image'].shape)}: "
+            "it becomes the network's input later, by saltlib.models.prepare."
+        )
     return drawn["image"], (drawn["mask"] > 127).view(np.uint8)
 
 # %% ../nbs/06_augment.ipynb #f8a55752

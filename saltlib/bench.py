@@ -176,7 +176,10 @@ def network_row(
     measured: Measured,
 ) -> dict:  # a row of the table
     "A row about a network's work."
-    return {"work": work, "tiles": tiles, "tiles_per_second": speed, "plain": plain, "gflops": speed * gflop, "share": speed * gflop / roof, "mib": measured.mib}
+    return {
+        "work": work, "tiles": tiles, "tiles_per_second": speed, "plain": plain, "gflops": speed * gflop, "share": speed * gflop / roof,
+        "mib": measured.mib,
+    }
 
 
 def bench_prediction(
@@ -197,8 +200,10 @@ def bench_prediction(
     ours = measure(lambda: ready.result.start(images)(), device)
     speed = len(images) / ours.seconds
     return {
-        **network_row(f"predict {model_name}", len(images), speed, n_plain / plain.seconds, gflop, roof, ours), "by": "PyTorch" if ready.result.program is None else "OpenVINO", "ready": ready.seconds,
-        "difference": float(np.abs(ours.result[:n_plain] - plain.result).mean()), "same_masks": float(((ours.result[:n_plain] > 0.5) == (plain.result > 0.5)).mean()),
+        **network_row(f"predict {model_name}", len(images), speed, n_plain / plain.seconds, gflop, roof, ours),
+        "by": "PyTorch" if ready.result.program is None else "OpenVINO", "ready": ready.seconds,
+        "difference": float(np.abs(ours.result[:n_plain] - plain.result).mean()),
+        "same_masks": float(((ours.result[:n_plain] > 0.5) == (plain.result > 0.5)).mean()),
     }
 
 
@@ -216,10 +221,16 @@ def bench_training(
     train_plainly(network, tiles.images[:batch_size], tiles.masks[:batch_size], model_name, device, batch_size)
     plain = measure(lambda: train_plainly(network, tiles.images, tiles.masks, model_name, device, batch_size), device)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):  # without its line an epoch
-        settings = {"model": model_name, "start": "scratch", "loss": train_loss(model_name), "augment": "light", "batch_size": batch_size, "lr": 1e-3, "seed": 0, "device": device.type}
+        settings = {
+            "model": model_name, "start": "scratch", "loss": train_loss(model_name), "augment": "light", "batch_size": batch_size, "lr": 1e-3,
+            "seed": 0, "device": device.type,
+        }
         ours = measure(lambda: fit_phase(tiles, tiles[:8], folder, epochs=2, **settings), device)
     last = ours.result.iloc[-1]  # the first epoch sets up what the second uses
-    return {**network_row(f"train {model_name}", len(tiles), float(last["tiles_per_second"]), len(tiles) / plain.seconds, gflop, roof, ours), "waiting": float(last["waiting"])}
+    return {
+        **network_row(f"train {model_name}", len(tiles), float(last["tiles_per_second"]), len(tiles) / plain.seconds, gflop, roof, ours),
+        "waiting": float(last["waiting"]),
+    }
 
 # %% ../nbs/16_bench.ipynb #b33feaf9
 def bench_around(
@@ -245,14 +256,20 @@ def bench_around(
             written = measure(lambda: [store.write(rows, probs[rows]) for rows in store.pending()])
         add("write predictions", written, len(tiles))
         mean = PredictionStore.create(folder / "mean.zarr", tiles.ids)
-        tables = add(f"average {members} predictions", measure(lambda: average_round(Ensemble([Group({0: stores})], tiles.ids), tiles.images, mean, clean=False)), len(tiles))
+        tables = add(
+            f"average {members} predictions",
+            measure(lambda: average_round(Ensemble([Group({0: stores})], tiles.ids), tiles.images, mean, clean=False)), len(tiles),
+        )
         add("encode masks (RLE)", measure(lambda: encode_masks(tiles.masks)), len(tiles))
         add("score masks", measure(lambda: precision_at_iou(probs > 0.5, tiles.masks)), len(tiles))
         add("write submission", measure(lambda: write_rle_csv(folder / "submission.csv", tables[None]["id"], tables[None]["rle_mask"])), len(tiles))
         neighbors = add("find neighbours", measure(lambda: find_neighbors(tiles.images, gpu="cuda" if torch.cuda.is_available() else None)), len(tiles))
         mosaics = mosaic_table(assemble(neighbors, len(tiles)), tiles.ids)
         known = tiles[np.arange(len(tiles)) % 2 == 0]  # every second tile's mask
-        add("mosaic rules", measure(lambda: straight_masks(find_sources(mosaics, dict(zip(known.ids, straight_rows(known.masks))), tuple(RULES)), known)), len(tiles))
+        add(
+            "mosaic rules",
+            measure(lambda: straight_masks(find_sources(mosaics, dict(zip(known.ids, straight_rows(known.masks))), tuple(RULES)), known)), len(tiles),
+        )
     return rows
 
 # %% ../nbs/16_bench.ipynb #36def92e
@@ -300,10 +317,14 @@ def bench_table(
 ) -> Table:  # for a rich console
     "The figures, a line for each piece of work."
     machine = bench["machine"]
-    table = Table(title=f"{machine['device']}, {machine['cores']} cores, torch {machine['torch']}; matrix products in {machine['precision']}: {machine['matmul_gflops']:.0f} GFLOP/s")
+    table = Table(title=(
+        f"{machine['device']}, {machine['cores']} cores, torch {machine['torch']}; "
+        f"matrix products in {machine['precision']}: {machine['matmul_gflops']:.0f} GFLOP/s"
+    ))
     columns = {
-        "by": ("by", "{}"), "tiles": ("tiles", "{:d}"), "tiles_per_second": ("tiles/s", "{:.1f}"), "plain": ("plain", "{:.2f}"), "gflops": ("GFLOP/s", "{:.0f}"),
-        "share": ("of products", "{:.0%}"), "mib": ("peak MiB", "{:.0f}"), "difference": ("difference", "{:.5f}"), "same_masks": ("same masks", "{:.2%}"), "ready": ("ready s", "{:.1f}"), "waiting": ("waiting", "{:.1%}"),
+        "by": ("by", "{}"), "tiles": ("tiles", "{:d}"), "tiles_per_second": ("tiles/s", "{:.1f}"), "plain": ("plain", "{:.2f}"),
+        "gflops": ("GFLOP/s", "{:.0f}"), "share": ("of products", "{:.0%}"), "mib": ("peak MiB", "{:.0f}"), "difference": ("difference", "{:.5f}"),
+        "same_masks": ("same masks", "{:.2%}"), "ready": ("ready s", "{:.1f}"), "waiting": ("waiting", "{:.1%}"),
     }
     table.add_column("work")
     for title, _ in columns.values():

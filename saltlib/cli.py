@@ -51,7 +51,8 @@ def list_runs() -> None:
             continue
         states = [row[1] for row in rows]
         scores = [f"{row[0]}: {row[2]}" for row in rows if row[0].startswith("ensemble") and row[1] == "done"]
-        found.append((name, next(state for state in ("running", "failed", "missing", "done") if state in states), "; ".join([f"{states.count('done')} of {len(rows)} steps done", *scores[-1:]])))
+        state = next(state for state in ("running", "failed", "missing", "done") if state in states)
+        found.append((name, state, "; ".join([f"{states.count('done')} of {len(rows)} steps done", *scores[-1:]])))
     print_states(found, ("run", "status", "steps and last score"), f"runs in outputs: {len(found)}")
 
 
@@ -73,7 +74,8 @@ def compare_runs(
     names: list[str],  # runs in outputs, or their folders; the first is the one that the others are compared with
     out: str | None = None,  # the executed notebook with curves and pictures to write
 ) -> None:
-    "Print what was set differently, the scores, their paired differences, and the tiles that changed most. `SaltError` if a run is not finished, or `out` is no notebook in a folder that is there."
+    """Print what was set differently, the scores, their paired differences, and the tiles that changed most. `SaltError` if a run is not finished,
+    or `out` is no notebook in a folder that is there."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -85,7 +87,9 @@ def compare_runs(
     runs = open_runs(names, root / "outputs")
     scores = tile_scores(runs)
     for title, rows in {
-        "settings that differ": different_settings(runs), "out-of-fold scores, 95 % intervals, differences tile by tile": compare_scores(scores, runs), "tiles that changed most": most_changed(scores).round(2),
+        "settings that differ": different_settings(runs),
+        "out-of-fold scores, 95 % intervals, differences tile by tile": compare_scores(scores, runs),
+        "tiles that changed most": most_changed(scores).round(2),
     }.items():
         table = Table("", *map(str, rows.columns), title=title)
         for row in rows.itertuples():
@@ -117,7 +121,10 @@ def blend_runs(
     check_same_tiles(runs)
     out = Path(out).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    parameters = {"runs": [from_root(recipe_folder(run.recipe, run.outputs), root) for run in runs.values()], "weights": [float(weight) for weight in weights], "out": from_root(out, root)}
+    parameters = {
+        "runs": [from_root(recipe_folder(run.recipe, run.outputs), root) for run in runs.values()], "weights": [float(weight) for weight in weights],
+        "out": from_root(out, root),
+    }
     os.chdir(root)
     try:
         execute_notebook(os.path.relpath(runs_folder() / "blend.ipynb"), out / "blend.ipynb", parameters, "blend")
@@ -137,7 +144,10 @@ def predict_settings(
     except SaltError as error:
         raise SaltError(f"{args.settings} is no file of settings ({error.__cause__}): give a JSON file with the keys images, models and out.") from None
     if not isinstance(given, dict) or (unknown := sorted(set(given) - {"images", "models", "out"})) or not all(isinstance(v, str) for v in given.values()):
-        raise SaltError(f"{args.settings} may hold the texts images, models and out, and nothing else{f' (it has {unknown})' if isinstance(given, dict) and unknown else ''}.")
+        raise SaltError(
+            f"{args.settings} may hold the texts images, models and out, "
+            f"and nothing else{f' (it has {unknown})' if isinstance(given, dict) and unknown else ''}."
+        )
     given |= {key: value for key in ("images", "models", "out") if (value := getattr(args, key))}
     if missing := sorted({"images", "models", "out"} - set(given)):
         raise SaltError(f"salt predict needs {', '.join('--' + key for key in missing)}, as options or in a settings file.")
@@ -165,7 +175,9 @@ def positive(
 
 def make_parser() -> argparse.ArgumentParser:
     "The subcommands and their options."
-    parser = argparse.ArgumentParser("salt", description="Find salt bodies in seismic tiles: the TGS challenge's winning method and more.", epilog="example: salt demo")
+    parser = argparse.ArgumentParser(
+        "salt", description="Find salt bodies in seismic tiles: the TGS challenge's winning method and more.", epilog="example: salt demo",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = lambda name, text, **more: commands.add_parser(name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
@@ -175,13 +187,23 @@ def make_parser() -> argparse.ArgumentParser:
     run = command("run", "Run the missing steps of a recipe.", epilog="example: salt run compact --set folds.use=[0]")
     run.add_argument("--dry-run", action="store_true", help="say which steps would run, how long and with how much disk")
     run.add_argument("--cores", type=positive, metavar="N", help="CPU cores of this machine to use (default: all)")
-    run.add_argument("--per-gpu", type=positive, default=1, metavar="N", help="trainings and predictions that share a GPU (default: 1); small networks leave most of a large one idle")
-    run.add_argument("--until", metavar="WHAT", help="prepare or train: end before the steps that follow those of this kind; the name of a round: end with its ensemble")
+    run.add_argument(
+        "--per-gpu", type=positive, default=1, metavar="N",
+        help="trainings and predictions that share a GPU (default: 1); small networks leave most of a large one idle",
+    )
+    run.add_argument(
+        "--until", metavar="WHAT",
+        help="prepare or train: end before the steps that follow those of this kind; the name of a round: end with its ensemble",
+    )
     run.add_argument("--profile", metavar="NAME", help="hand the steps to a cluster: slurm, kubernetes, or a folder with a Snakemake profile")
     output = run.add_mutually_exclusive_group()
     output.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     output.add_argument("-v", "--verbose", action="store_true", help="every line of every step, also on a terminal")
-    status = command("status", "Show which steps of a recipe are done, running, failed or missing; the exit status is 1 unless all are done. Without a name: all runs in outputs.", epilog="example: salt status compact")
+    status = command(
+        "status",
+        "Show which steps of a recipe are done, running, failed or missing; the exit status is 1 unless all are done. Without a name: all runs in outputs.",
+        epilog="example: salt status compact",
+    )
     for sub, one in ((run, {}), (status, {"nargs": "?"})):
         sub.add_argument("recipe", metavar="RECIPE", **one, help="name of a recipe in nbs/runs/recipes or of a run in outputs, a run's folder, or a YAML file")
     run.add_argument("--data", metavar="DIR", help="data folder instead of the recipe's")
@@ -189,23 +211,43 @@ def make_parser() -> argparse.ArgumentParser:
     mosaic = command("mosaic", "Put the sections together again that the tiles were cut from.", epilog="example: salt mosaic --data data --out outputs/mosaics")
     mosaic.add_argument("--data", required=True, metavar="DIR", help="data folder")
     mosaic.add_argument("--out", required=True, metavar="DIR", help="new folder: pairs.csv, a table of ids and a picture for each mosaic")
-    compare = command("compare", "Compare finished runs tile by tile: settings, scores with intervals, tiles that changed most.", epilog="example: salt compare compact compact5 --out outputs/compare.ipynb")
+    compare = command(
+        "compare", "Compare finished runs tile by tile: settings, scores with intervals, tiles that changed most.",
+        epilog="example: salt compare compact compact5 --out outputs/compare.ipynb",
+    )
     compare.add_argument("runs", nargs="+", metavar="RUN", help="name of a run in outputs, or its folder; two or more, the others are compared with the first")
     compare.add_argument("--out", metavar="FILE", help="also write a notebook with curves and pictures: FILE.ipynb")
-    blend = command("blend", "Average finished runs: their score out of fold and one submission.", epilog="example: salt blend modern=2 modern_gpu --out outputs/blend")
-    blend.add_argument("runs", nargs="+", metavar="RUN[=WEIGHT]", help="name of a run in outputs, or its folder, and the weight of its predictions (default: 1); two or more")
+    blend = command(
+        "blend", "Average finished runs: their score out of fold and one submission.",
+        epilog="example: salt blend modern=2 modern_gpu --out outputs/blend",
+    )
+    blend.add_argument(
+        "runs", nargs="+", metavar="RUN[=WEIGHT]",
+        help="name of a run in outputs, or its folder, and the weight of its predictions (default: 1); two or more",
+    )
     blend.add_argument("--out", required=True, metavar="DIR", help="new folder: blend.ipynb, out_of_fold.csv, submission.csv")
-    predict = command("predict", "Mask a folder of tiles with trained networks.", epilog="example: salt predict --images data/new --models outputs/compact --out outputs/new.csv")
+    predict = command(
+        "predict", "Mask a folder of tiles with trained networks.",
+        epilog="example: salt predict --images data/new --models outputs/compact --out outputs/new.csv",
+    )
     predict.add_argument("--images", metavar="DIR", help="folder of ID.png, 101 x 101 pixels")
-    predict.add_argument("--models", metavar="DIR", help="name of a run in outputs, its folder, or one with the files released in 2018 under their published names")
+    predict.add_argument(
+        "--models", metavar="DIR", help="name of a run in outputs, its folder, or one with the files released in 2018 under their published names",
+    )
     predict.add_argument("--out", metavar="FILE", help="the table id,rle_mask to write")
     predict.add_argument("--settings", metavar="FILE", help='JSON file with the same: {"images": "...", "models": "...", "out": "..."}')
     predict.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where the networks compute (default: a GPU if there is one)")
-    bench = command("bench", "Measure how fast this machine does each part, beside a plain reference, and with how much memory (some minutes).", epilog="example: salt bench --json bench.json")
+    bench = command(
+        "bench", "Measure how fast this machine does each part, beside a plain reference, and with how much memory (some minutes).",
+        epilog="example: salt bench --json bench.json",
+    )
     bench.add_argument("--quick", action="store_true", help="a few tiles of each: shows that it works, not how fast")
     bench.add_argument("--scale", action="store_true", help="instead, how time and memory grow with 1, 4 and 16 times the tiles")
     bench.add_argument("--json", metavar="FILE", help="write the figures there, too")
-    step = command("step", "Carry out a single step of a recipe (what the graph calls).", epilog="example: salt step train --recipe-file outputs/demo/recipe.yaml --round round1 --phase compact --fold 0")
+    step = command(
+        "step", "Carry out a single step of a recipe (what the graph calls).",
+        epilog="example: salt step train --recipe-file outputs/demo/recipe.yaml --round round1 --phase compact --fold 0",
+    )
     step.add_argument("kind", choices=["prepare", "train", "predict", "ensemble", "report"], help="the notebook in nbs/runs to execute")
     step.add_argument("--recipe-file", required=True, metavar="FILE", help="the recipe as it stands beside its results")
     step.add_argument("--round", default="", metavar="NAME", help="of a train, predict or ensemble step")
@@ -234,7 +276,10 @@ def main(
             print("\n".join(problems) if problems else f"{args.folder}: no problems")
             return int(bool(problems))
         elif args.command == "run":
-            run_recipe(load_recipe(args.recipe, args.data, args.set), args.dry_run, args.cores, args.per_gpu, args.profile, args.until, args.quiet, args.verbose)
+            run_recipe(
+                load_recipe(args.recipe, args.data, args.set), args.dry_run, args.cores, args.per_gpu, args.profile, args.until, args.quiet,
+                args.verbose,
+            )
         elif args.command == "status":
             if args.recipe is None:
                 list_runs()
@@ -247,14 +292,17 @@ def main(
         elif args.command == "mosaic":
             from saltlib.mosaic import write_mosaics
 
-            grids = write_mosaics(args.data, args.out, "cuda" if visible_gpus() and gpu_works() else None)  # without a GPU torch, which takes seconds to load, isn't asked
+            # without a GPU torch, which takes seconds to load, isn't asked
+            grids = write_mosaics(args.data, args.out, "cuda" if visible_gpus() and gpu_works() else None)
             print(f"{args.out}: {len(grids)} mosaics of {sum(int((grid >= 0).sum()) for grid in grids)} tiles")
         elif args.command == "predict":
             predict_folder(**predict_settings(args), device=args.device)
         elif args.command == "bench":
             from saltlib.bench import bench_table, run_bench
 
-            if args.json and ((place := Path(args.json).resolve()).exists() and not place.is_file() or not place.parent.is_dir() or not os.access(place.parent, os.W_OK)):
+            if args.json and (
+                (place := Path(args.json).resolve()).exists() and not place.is_file() or not place.parent.is_dir() or not os.access(place.parent, os.W_OK)
+            ):
                 raise SaltError(f"The figures can't be written to {args.json}: name a file in a folder that is there and may be written.")
             bench = run_bench(args.quick, args.scale, tell=lambda line: print(line, file=sys.stderr, flush=True))
             console().print(bench_table(bench))
@@ -269,7 +317,11 @@ def main(
         sys.stdout = None
         return 1
     except OSError as error:
-        print(f"salt {args.command}: {error.filename or 'a file'}: {error.strerror or error}. Mend that and give the same command again; finished steps and epochs are kept.", file=sys.stderr)
+        print(
+            f"salt {args.command}: {error.filename or 'a file'}: {error.strerror or error}. Mend that and give the same command again; "
+            "finished steps and epochs are kept.",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from the last finished step and epoch" * (args.command in ("demo", "run", "step"))

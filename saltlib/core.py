@@ -10,7 +10,8 @@ __all__ = ['PACKAGED', 'PACKAGES', 'SaltError', 'project_root', 'runs_folder', '
            'flat_differences']
 
 # %% ../nbs/00_core.ipynb #c9c673a4
-import contextlib, errno, hashlib, importlib.metadata, importlib.resources, json, os, platform, random, re, resource, shutil, subprocess, sys, tempfile, time, zipfile
+import contextlib, errno, hashlib, importlib.metadata, importlib.resources, json, os, platform, random, re
+import resource, shutil, subprocess, sys, tempfile, time, zipfile
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -73,7 +74,8 @@ def write_atomic(
     path: str | Path,  # final place; its folder is made if missing
     data: str | bytes | Iterable[str],  # the whole content, at once or line by line
 ) -> Path:
-    "Write `data` so that `path` is either as before or complete, also after a crash or on a full disk. `SaltError` if that fails, or if it is a folder or a device."
+    """Write `data` so that `path` is either as before or complete, also after a crash or on a full disk. `SaltError` if that fails,
+    or if it is a folder or a device."""
     path = Path(path)
     path = path.resolve() if path.is_symlink() else path  # the file that it names, not the link, is replaced
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -160,7 +162,10 @@ def pick_device(
     import torch
 
     if name == "auto" and not gpu_works() and visible_gpus():
-        raise SaltError(f"There is a GPU that torch {torch.__version__} can't use: the driver may be too old for its CUDA {torch.version.cuda}, or CUDA_VISIBLE_DEVICES names another. Mend that, or do without the GPU: device cpu, or CUDA_VISIBLE_DEVICES=-1 before the command.")
+        raise SaltError(
+            f"There is a GPU that torch {torch.__version__} can't use: the driver may be too old for its CUDA {torch.version.cuda}, "
+            "or CUDA_VISIBLE_DEVICES names another. Mend that, or do without the GPU: device cpu, or CUDA_VISIBLE_DEVICES=-1 before the command."
+        )
     if name == "auto":
         name = "cuda" if gpu_works() else "cpu"
     if name not in ("cpu", "cuda"):
@@ -309,7 +314,8 @@ class RunRecord:
             "step": self.step, "status": "done", "arguments": self.arguments, "metrics": metrics,
             "inputs": inputs or {}, "files": {name: checksum(Path(self.folder) / name) for name in files},
             "seconds": round(time.time() - self.started, 1), "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "device": self.device, "host_cores": os.cpu_count(), "threads": sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 1, "versions": versions(), "commit": git_commit(),
+            "device": self.device, "host_cores": os.cpu_count(), "threads": sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 1,
+            "versions": versions(), "commit": git_commit(),
         }
         record |= {"checksum": seal(json.loads(json.dumps(record, allow_nan=False)))}
         write_atomic(Path(self.folder) / "record.json", json.dumps(record, indent=1) + "\n")

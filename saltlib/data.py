@@ -53,7 +53,8 @@ def shown(
     return repr(name if len(name) <= 80 else name[:77] + "...")
 
 # %% ../nbs/01_data.ipynb #14e65978
-ID = re.compile(r"(?!-?(?:NA|NaN|nan|NULL|null|None)$)[A-Za-z0-9_-]{1,100}")  # an id becomes part of file names, so it may not name a path, and of tables, so it may not read as a missing value
+# an id becomes part of file names, so it may not name a path, and of tables, so it may not read as a missing value
+ID = re.compile(r"(?!-?(?:NA|NaN|nan|NULL|null|None)$)[A-Za-z0-9_-]{1,100}")
 
 
 def read_by_id(
@@ -70,7 +71,10 @@ def read_by_id(
     except (OSError, ValueError, csv.Error) as error:
         return {}, [f"{path.name} can't be read ({error})."]
     if wrong := [name for name in ("id", column) if header.count(name) != 1]:
-        return {}, [f"{path.name} must have one column {' and one column '.join(wrong)}, named in its first line and separated by commas; that line is {shown(','.join(header))}."]
+        return {}, [
+            f"{path.name} must have one column {' and one column '.join(wrong)}, named in its first line and separated by commas; "
+            f"that line is {shown(','.join(header))}."
+        ]
     if not rows:
         problems.append(f"{path.name} has no row below its header.")
     for number, row in rows:
@@ -354,7 +358,10 @@ def tile_checksums(
 ) -> list[str]:  # hexadecimal, in the order of the tiles
     "A short checksum of each tile's image, mask and depth, by which a changed one is found."
     masks = [b""] * len(tiles) if tiles.masks is None else map(np.ndarray.tobytes, tiles.masks)
-    return [hashlib.blake2b(image.tobytes() + mask + str(depth).encode(), digest_size=8).hexdigest() for image, mask, depth in zip(tiles.images, masks, tiles.depths.tolist())]
+    return [
+        hashlib.blake2b(image.tobytes() + mask + str(depth).encode(), digest_size=8).hexdigest()
+        for image, mask, depth in zip(tiles.images, masks, tiles.depths.tolist())
+    ]
 
 # %% ../nbs/01_data.ipynb #850696bb
 def load_images(
@@ -374,7 +381,10 @@ def encode_masks(
     "Run-length codes of many masks. `SaltError` for what is none, such as probabilities."
     masks = np.asarray(masks)
     if masks.ndim != 3 or masks.dtype.kind == "f":
-        raise SaltError(f"Masks are True and False, [N,H,W], and not {masks.dtype} {list(masks.shape)}: compare probabilities with a threshold first, e.g. probs > 0.5.")
+        raise SaltError(
+            f"Masks are True and False, [N,H,W], and not {masks.dtype} {list(masks.shape)}: compare probabilities with a threshold first, e.g. "
+            "probs > 0.5."
+        )
     codes, width = [], int(np.prod(masks.shape[1:])) + 1
     for start in range(0, len(masks), 256):  # blocks that fit the processor's cache
         block = masks[start : start + 256]
@@ -484,7 +494,10 @@ def check_data(
     for name, column in columns.items():
         tables[name], found = read_by_id(Path(root) / name, column)
         problems += found
-    problems += [f"depths.csv has {shown(cell)} as the depth of {id}: not a whole number of feet." for id, cell in tables["depths.csv"].items() if parse_depth(cell) is None]
+    problems += [
+        f"depths.csv has {shown(cell)} as the depth of {id}: not a whole number of feet." for id, cell in tables["depths.csv"].items()
+        if parse_depth(cell) is None
+    ]
     for split, table in (("train", "train.csv"), ("test", "sample_submission.csv")):
         try:
             with open_split(root, split) as files:
@@ -610,7 +623,8 @@ CHUNK = 64  # tiles
 def widen(
     halves: np.ndarray,  # float16, finite and not negative
 ) -> np.ndarray:  # float32, the same numbers
-    "What `astype` does, in an eighth of its time: the bits go to their new places, and the product mends the exponent, which counts from 15 in one and from 127 in the other."
+    """What `astype` does, in an eighth of its time: the bits go to their new places, and the product mends the exponent,
+    which counts from 15 in one and from 127 in the other."""
     bits = halves.view(np.uint16).astype(np.uint32)
     bits <<= 13
     numbers = bits.view(np.float32)
@@ -634,7 +648,8 @@ class PredictionStore:
             self.attributes = dict(group.attrs["made_by"])  # what made the predictions
             self.ids = np.array(group.attrs["ids"], dtype=str)  # [N]
             self._row_of = {id: row for row, id in enumerate(self.ids.tolist())}
-            with zarr.config.set({"array.write_empty_chunks": True}):  # else the file of a chunk that is all zeros (no salt anywhere) is left out, or even removed
+            # else the file of a chunk that is all zeros (no salt anywhere) is left out, or even removed
+            with zarr.config.set({"array.write_empty_chunks": True}):
                 self._probs, self._written = group["probs"], group["written"]
             n, size = len(self.ids), self._probs.shape[-1]
             kinds = {(array.dtype.str, array.shape, array.chunks) for array in (self._probs, self._written)}
@@ -686,7 +701,9 @@ class PredictionStore:
                 raise OSError("a file is missing")
             return self._probs[k * CHUNK : (k + 1) * CHUNK]
         except (OSError, ValueError, RuntimeError) as error:
-            raise SaltError(f"{self.path} is damaged in the predictions of rows {k * CHUNK} to {(k + 1) * CHUNK} ({error}): delete it and predict again.") from None
+            raise SaltError(
+                f"{self.path} is damaged in the predictions of rows {k * CHUNK} to {(k + 1) * CHUNK} ({error}): delete it and predict again."
+            ) from None
 
     @property
     def complete(self) -> bool:
@@ -704,8 +721,13 @@ class PredictionStore:
     ) -> None:
         "Write the predictions of some rows. `SaltError` if they aren't whole chunks, no probabilities (NaN: the network diverged), or if the disk is full."
         probs = np.asarray(probs)
-        if rows.start % CHUNK or rows.stop not in {len(self.ids), *range(0, len(self.ids), CHUNK)} or probs.shape != (rows.stop - rows.start, *self._probs.shape[1:]):
-            raise SaltError(f"Predictions come in whole chunks of {CHUNK} tiles; rows {rows.start} to {rows.stop} with an array of shape {probs.shape} are none.")
+        if (
+            rows.start % CHUNK or rows.stop not in {len(self.ids), *range(0, len(self.ids), CHUNK)}
+            or probs.shape != (rows.stop - rows.start, *self._probs.shape[1:])
+        ):
+            raise SaltError(
+                f"Predictions come in whole chunks of {CHUNK} tiles; rows {rows.start} to {rows.stop} with an array of shape {probs.shape} are none."
+            )
         if not (probs.min() >= -1e-3 and probs.max() <= 1 + 1e-3):
             raise SaltError(f"{self.path}: the predictions for rows {rows.start} to {rows.stop} are not all between 0 and 1 ({probs.min()} to {probs.max()}).")
         flags = self._flags.copy()

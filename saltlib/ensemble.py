@@ -179,7 +179,7 @@ ROUNDING = 2**-11  # distance of neighbouring half-precision numbers below 1, as
 def group_ends(
     group: Group,
     ids: np.ndarray,  # all test tiles
-) -> dict[int | None, tuple[float, float]]:  # as `group_means`: smallest and largest value; 0 and 1 where they are that but for rounding, or the group is not stretched
+) -> dict[int | None, tuple[float, float]]:  # as `group_means`: smallest and largest value; 0 and 1 if they are that but for rounding, or not to be stretched
     "Between which values a group's predictions are stretched."
     if not group.stretch:
         return {fold: (0.0, 1.0) for fold in (*group.members, None)}
@@ -287,7 +287,10 @@ def score_out_of_fold(
 ) -> pd.DataFrame:  # id, fold, coverage_class, precision; tiles of folds without members are left out
     "Score each train tile by networks that never saw it."
     return pd.concat(
-        [pd.DataFrame({"id": tiles.ids, "fold": fold, "coverage_class": coverage_class(tiles.masks), "precision": precision_at_iou(mean > 0.5, tiles.masks)}) for fold, tiles, mean in out_of_fold(ensemble, train, folds)],
+        [
+            pd.DataFrame({"id": tiles.ids, "fold": fold, "coverage_class": coverage_class(tiles.masks), "precision": precision_at_iou(mean > 0.5, tiles.masks)})
+            for fold, tiles, mean in out_of_fold(ensemble, train, folds)
+        ],
         ignore_index=True,
     )
 
@@ -298,7 +301,7 @@ def member_table(
     names: dict[str, list[str]],  # group -> its members
     train: Tiles,  # all train tiles
     folds: np.ndarray,  # the fold of each
-) -> pd.DataFrame:  # a row for the ensemble and one for each member, with its group's name if there are several: mAP alone and without it; what it adds, low and high (95 % interval)
+) -> pd.DataFrame:  # a row for the ensemble and one a member (group: member if there are several): mAP alone and without it; what it adds, low, high (95 %)
     "Scores of the ensemble with and without each member. A group is stretched by the ends of all its members."
     def read(fold: int, ids: np.ndarray) -> dict[tuple[int, int], np.ndarray]:
         return {(g, m): ensemble.groups[g].members[fold][m][0].read(ids) for g, m in voices}
@@ -311,7 +314,10 @@ def member_table(
                 means.append(stretch(sum(weight * probs[v] for v, weight in weights.items()) / sum(weights.values()), *ensemble.ends[g][fold]))
         return plain_mean(means)
 
-    voices = {(g, m): f"{group}: {member}" if len(names) > 1 else member for g, (group, members) in enumerate(names.items()) for m, member in enumerate(members)}
+    voices = {
+        (g, m): f"{group}: {member}" if len(names) > 1 else member for g, (group, members) in enumerate(names.items())
+        for m, member in enumerate(members)
+    }
     parts = {"whole": [*voices]} | {("alone", v): [v] for v in voices}
     parts |= {("without", v): rest for v in voices if (rest := [other for other in voices if other != v])}
     precision = {part: [] for part in parts}
@@ -354,7 +360,7 @@ def tile_disagreement(
 def scores_by_disagreement(
     scores: pd.DataFrame,  # disagreement and precision of each tile
     parts: int = 4,  # of equal size, by disagreement
-) -> tuple[pd.DataFrame, float]:  # a row a part: tiles, mean disagreement, mAP; rank correlation of disagreement and error (1 - precision), -1..1, NaN if one of them is the same for all
+) -> tuple[pd.DataFrame, float]:  # a row a part: tiles, mean disagreement, mAP; rank correlation with the error (1 - precision), -1..1, NaN if one is constant
     "How well disagreement foretells the error."
     ranks = scores["disagreement"].rank(method="first")
     part = np.ceil(parts * ranks / len(scores)).astype(int).rename("part")

@@ -77,7 +77,10 @@ def to_program(
         frontend = openvino.frontend.FrontEndManager().load_by_framework("pytorch")
         graph = frontend.convert(frontend.load(decoder))
     graph.reshape({k: [views, *one.shape[1:]] for k, one in enumerate(example)})
-    options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads(), "ENABLE_CPU_PINNING": False}
+    options = {
+        "INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "ENABLE_CPU_PINNING": False,
+    }
     return openvino.Core().compile_model(graph, "CPU", options)
 
 
@@ -271,7 +274,8 @@ class Predictor:
         self,
         images: np.ndarray,  # tiles, uint8 [N,101,101]
     ) -> Callable[[], np.ndarray]:  # waits for the probabilities, float32 [N,101,101], 0..1
-        "Begin with these tiles. A GPU goes on by itself until its result is asked for; a CPU is done when this returns. `SaltError` for images that are not tiles."
+        """Begin with these tiles. A GPU goes on by itself until its result is asked for; a CPU is done when this returns.
+        `SaltError` for images that are not tiles."""
         if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1:] != (SIZE, SIZE):
             raise SaltError(f"Tiles to predict must be uint8 [N,{SIZE},{SIZE}], not {images.dtype} {list(images.shape)}.")
         tiles = torch.from_numpy(np.ascontiguousarray(images))

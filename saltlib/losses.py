@@ -29,7 +29,10 @@ def pixel_rows(
     "Scores and masks as one row a tile; `SaltError` if their sizes differ."
     rows, targets = scores.flatten(1), masks.flatten(1)
     if rows.shape != targets.shape:
-        raise SaltError(f"The network's output {tuple(scores.shape)} and the masks {tuple(masks.shape)} differ in size: make the masks with prepare_masks of the same network.")
+        raise SaltError(
+            f"The network's output {tuple(scores.shape)} and the masks {tuple(masks.shape)} differ in size: "
+            "make the masks with prepare_masks of the same network."
+        )
     rows = at_least_float32(rows)
     return rows, targets.to(rows.dtype)
 
@@ -92,7 +95,8 @@ def lovasz_hinge(
 
 # %% ../nbs/05_losses.ipynb #6262dfc3
 def three_output_loss(
-    outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | torch.Tensor,  # final logits [N,1,H,W], pixel logits [N,1,H,W], P(empty) [N]; or the final logits alone
+    # final logits [N,1,H,W], pixel logits [N,1,H,W], P(empty) [N]; or the final logits alone
+    outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | torch.Tensor,
     masks: torch.Tensor,  # bool or 0/1, [N,H,W] or [N,1,H,W]
 ) -> torch.Tensor:  # scalar
     "Lovász(final) + cross entropy(image branch) + Lovász(pixel branch, empty tiles skipped), all with relu."

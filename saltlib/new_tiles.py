@@ -33,7 +33,8 @@ class Member:
 def published_members(
     models: Path,  # folder with the released files, at any depth
 ) -> list[Member]:
-    "The released networks of the final ensemble, with the published weights; as published, phalanx is stretched over the tiles at hand. Says how many there are, if not all. `SaltError` if one is there twice."
+    """The released networks of the final ensemble, with the published weights; as published, phalanx is stretched over the tiles at hand.
+    Says how many there are, if not all. `SaltError` if one is there twice."""
     files = {str(p.relative_to(models)): p for p in sorted(models.rglob("*")) if p.suffix in (".pth", ".hdf5")}
     v5 = [(m["fold"], p) for name, p in files.items() if (m := PUBLISHED_V5.fullmatch(p.name))]
     bes = [(m["stage"], p) for name, p in files.items() if (m := PUBLISHED_BES.search(name))]
@@ -41,7 +42,10 @@ def published_members(
         if times > 1:
             raise SaltError(f"{name} is there {times} times in {models}: leave one.")
     if 0 < len(v5) + len(bes) < 38:
-        print(f"{models} has {len(v5)} of 18 phalanx_v5 and {len(bes)} of 20 bes_resnext50 networks; those that are there share the weight of their kind.", flush=True)
+        print(
+            f"{models} has {len(v5)} of 18 phalanx_v5 and {len(bes)} of 20 bes_resnext50 networks; those that are there share the weight of their kind.",
+            flush=True,
+        )
     snapshots, folds = Counter(fold for fold, _ in v5), Counter(stage for stage, _ in bes)
     return [Member(p, "phalanx_v5", "phalanx", 1 / snapshots[fold], None) for fold, p in v5] \
         + [Member(p, "bes_resnext50", "bes", (3 if stage == "2" else 1) / folds[stage]) for stage, p in bes]
@@ -61,7 +65,8 @@ def read_run_ends(
 def run_members(
     models: Path,  # a run's folder, outputs/<recipe>
 ) -> list[Member]:
-    "The networks of a run's last round, its groups stretched as they were over its test tiles. `SaltError` if one is not trained or its weights are damaged, or that stretch is not known yet."
+    """The networks of a run's last round, its groups stretched as they were over its test tiles.
+    `SaltError` if one is not trained or its weights are damaged, or that stretch is not known yet."""
     recipe, outputs = read_run(models), models.absolute().parent
     name, last = list(recipe.rounds.items())[-1]
     found = []

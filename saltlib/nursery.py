@@ -87,7 +87,8 @@ def nursery() -> Iterator[None]:
         listener.bind(address := f"{folder}/nursery")
         listener.listen()
         begin = "import socket, sys; from saltlib.nursery import tend; tend(socket.socket(fileno=int(sys.argv[1])))"
-        environment = {name: value for name, value in os.environ.items() if name != "JPY_PARENT_PID"} | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+        environment = {name: value for name, value in os.environ.items() if name != "JPY_PARENT_PID"}
+        environment["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
         process = subprocess.Popen(
             [sys.executable, "-c", begin, str(listener.fileno())], env=environment, pass_fds=[listener.fileno()], start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

@@ -120,7 +120,9 @@ def plot_predictions(
 ) -> plt.Figure:
     "Three pictures a tile, one below the other: the image, true and predicted outline on it, and the probability; a fourth for the spread, if it is given."
     columns, blocks, deep = max(min(6, len(images)), 1), max(1, -(-len(images) // 6)), 3 + (spread is not None)
-    figure, axes = plt.subplots(deep * blocks, columns, figsize=(max(1.3 * columns + 0.6, 3), 1.35 * deep * blocks + 0.4), dpi=DPI, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        deep * blocks, columns, figsize=(max(1.3 * columns + 0.6, 3), 1.35 * deep * blocks + 0.4), dpi=DPI, layout="constrained", squeeze=False,
+    )
     for ax in axes.flat:
         ax.set_axis_off()
     for k in range(len(images)):
@@ -277,7 +279,10 @@ def plot_scores_by_class(
     classes = ["none", *(f"{10 * k}–{10 * k + 10}" for k in range(10))]
     ax.set_xticks(range(11), [f"{name}\n{n:,}" for name, n in zip(classes, tiles)], fontsize=7)
     ax.set_ylim(0, 1.02)
-    _label(ax, f"Score by salt coverage (dotted: all {tiles.sum():,} tiles, {mean:.3f})", "salt in the tile (% of its pixels), and how many tiles there are", "mAP")
+    _label(
+        ax, f"Score by salt coverage (dotted: all {tiles.sum():,} tiles, {mean:.3f})",
+        "salt in the tile (% of its pixels), and how many tiles there are", "mAP",
+    )
     return figure
 
 # %% ../nbs/13_plots.ipynb #edeae7d4
@@ -291,7 +296,10 @@ def plot_threshold_curve(
     figure, (ax,) = _chart(width=4.5)
     ax.plot(thresholds, mAP, color=PREDICTION, linewidth=1.6)
     ax.plot(0.5, in_use, "o", color="black", markersize=5, label=f"in use: 0.5, mAP {in_use:.3f}")
-    ax.plot(thresholds[best], mAP[best], "o", color="black", markerfacecolor="white", markersize=6, label=f"best here: {thresholds[best]:.2g}, mAP {mAP[best]:.3f}")
+    ax.plot(
+        thresholds[best], mAP[best], "o", color="black", markerfacecolor="white", markersize=6,
+        label=f"best here: {thresholds[best]:.2g}, mAP {mAP[best]:.3f}",
+    )
     ax.legend(fontsize=8, frameon=False)
     _label(ax, "Score by threshold", "probability above which a pixel counts as salt", "mAP")
     return figure
@@ -331,6 +339,9 @@ def plot_confidence(
         ax.axvline(threshold, color=PREDICTION, linewidth=1.4)
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.set(xlim=(min([confidence.min(initial=1), *thresholds]) - 0.02, 1.005), ylim=(0, 1.03))
-    _label(ax, "\n".join(chosen) or f"how sure {len(confidence):,} tiles are", "confidence (share of pixels below 0.2 or above 0.8)", "tiles with at least that")
+    _label(
+        ax, "\n".join(chosen) or f"how sure {len(confidence):,} tiles are", "confidence (share of pixels below 0.2 or above 0.8)",
+        "tiles with at least that",
+    )
     return figure
 

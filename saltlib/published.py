@@ -43,7 +43,10 @@ def fill(
     problems = {
         "missing": [name for name in wanted if name not in found],
         "unknown": [name for name in found if name not in wanted and name not in unused],
-        "of another shape": [f"{name} {tuple(found[name].shape)} instead of {shape}" for name, shape in wanted.items() if name in found and tuple(found[name].shape) != shape],
+        "of another shape": [
+            f"{name} {tuple(found[name].shape)} instead of {shape}" for name, shape in wanted.items()
+            if name in found and tuple(found[name].shape) != shape
+        ],
     }
     text = "; ".join(f"{len(names)} {kind}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" for kind, names in problems.items() if names)
     if text:
@@ -68,7 +71,10 @@ PARTS = {  # of the network -> of the file
 }
 INSIDE = {  # names inside a part; in the encoder the gates are called satt and catt, in the decoder s_att and c_att
     "trunk.gates": {"pixel.0": "satt.squeeze", "channel.1": "catt.conv1", "channel.3": "catt.conv2"},
-    "trunk.merges": {"up": "tr_conv", "skip": "x_conv", "norm": "bn", "gate.pixel.0": "s_att.squeeze", "gate.channel.1": "c_att.conv1", "gate.channel.3": "c_att.conv2"},
+    "trunk.merges": {
+        "up": "tr_conv", "skip": "x_conv", "norm": "bn", "gate.pixel.0": "s_att.squeeze", "gate.channel.1": "c_att.conv1",
+        "gate.channel.3": "c_att.conv2",
+    },
     "trunk.last": {"gate.pixel.0": "s_att.squeeze", "gate.channel.1": "c_att.conv1", "gate.channel.3": "c_att.conv2"},
 }
 
@@ -100,7 +106,10 @@ def equal_twins(
 ) -> torch.Tensor:
     "The first of one or two tensors; `SaltError` if the two differ."
     if any(not torch.equal(values[0], value) for value in values[1:]):
-        raise SaltError("The file holds an encoder tensor under two names with different values: it is damaged or was put together from several networks. Take the released file.")
+        raise SaltError(
+            "The file holds an encoder tensor under two names with different values: it is damaged or was put together from several networks. "
+            "Take the released file."
+        )
     return values[0]
 
 
@@ -109,7 +118,10 @@ def is_plain(
     key: str,  # its name
 ) -> bool:
     "Is it an array of floating-point numbers in memory, or a counter of batches?"
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu" and (value.is_floating_point() or key.endswith("num_batches_tracked"))
+    return (
+        isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+        and (value.is_floating_point() or key.endswith("num_batches_tracked"))
+    )
 
 
 def read_tensors(
@@ -119,7 +131,9 @@ def read_tensors(
     try:
         found = read_torch(path)
     except Exception as error:  # torch.load has many ways to say that a file is none of its own
-        raise SaltError(f"{path} is not a torch file of plain tensors: take the released .pth file. ({(str(error).splitlines() or [type(error).__name__])[0]})") from error
+        raise SaltError(
+            f"{path} is not a torch file of plain tensors: take the released .pth file. ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        ) from error
     if not isinstance(found, Mapping) or not all(isinstance(key, str) and is_plain(value, key) for key, value in found.items()):
         raise SaltError(f"{path} holds something else than a state dict: take the released .pth file.")
     return found
@@ -151,7 +165,8 @@ def keras_layer(
     if root == "decoder":
         stage, *inner = rest
         return {
-            "up": f"decoder_stage{stage}_upsample", "norm1": f"decoder_stage{stage}_bn1", "conv": f"decoder_stage{stage}_conv2", "norm2": f"decoder_stage{stage}_bn2",
+            "up": f"decoder_stage{stage}_upsample", "norm1": f"decoder_stage{stage}_bn1", "conv": f"decoder_stage{stage}_conv2",
+            "norm2": f"decoder_stage{stage}_bn2",
             "gate.channel.1": f"csse_block_{stage}cse_lin1", "gate.channel.3": f"csse_block_{stage}cse_lin2", "gate.pixel.0": f"csse_block_{stage}_conv",
         }[".".join(inner)]
     if root == "encoder" and rest[0].startswith("layer"):
@@ -212,7 +227,10 @@ def keras_tensors(
             if not isinstance(array, h5py.Dataset) or array.dtype.kind != "f":
                 raise SaltError(f"{file.filename}: {layer}/{weight} does not hold numbers: take the released .hdf5 file.")
             if array.external or array.is_virtual or prod(array.chunks or ()) > max(array.size, 1):
-                raise SaltError(f"{file.filename}: {layer}/{weight} does not hold its numbers in this file, or in larger pieces than itself: take the released .hdf5 file.")
+                raise SaltError(
+                    f"{file.filename}: {layer}/{weight} does not hold its numbers in this file, or in larger pieces than itself: "
+                    "take the released .hdf5 file."
+                )
             found[f"{layer}/{weight.rsplit('/', 1)[-1]}"] = array
     return found
 
@@ -221,7 +239,8 @@ def load_bes(
     model: nn.Module,  # BesResNeXt50, changed in place
     path: str | Path,  # a .hdf5 file
 ) -> None:
-    "Fill bes from a released Keras file. Shapes are compared before any array is read. `SaltError` as `keras_tensors`, or if layers are missing or of other shapes."
+    """Fill bes from a released Keras file. Shapes are compared before any array is read. `SaltError` as `keras_tensors`,
+    or if layers are missing or of other shapes."""
     try:
         with h5py.File(path) as file:
             fill(model, keras_sources(model), keras_tensors(file), set(), path)

@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, StringConstraints, ValidationError, field_validator, model_serializer, model_validator
+from pydantic import (
+    BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, StringConstraints, ValidationError, field_validator, model_serializer,
+    model_validator,
+)
 
 from .core import SaltError, checksum, flat_differences, read_record, write_atomic
 
@@ -107,14 +110,16 @@ def same_network(
     return first.split("_at_")[0] == second.split("_at_")[0]
 
 
-ModelName = Literal["bes_resnext50", "phalanx_v4", "phalanx_v3", "phalanx_v5", "compact", "lite2_at_96", "lite2_at_128", "lite2_at_160", "lite2_at_224"]  # a network of saltlib.models
+# a network of saltlib.models
+ModelName = Literal["bes_resnext50", "phalanx_v4", "phalanx_v3", "phalanx_v5", "compact", "lite2_at_96", "lite2_at_128", "lite2_at_160", "lite2_at_224"]
 
 
 class Phase(Strict):
     "One training of one network, done for every fold in use."
     model: ModelName
     start: str = "imagenet"  # 'imagenet', 'scratch', or 'round/phase': what that phase's `weights` names, of the same fold
-    data: Literal["train", "train+pseudo", "pseudo"] | Synthetic = "train"  # 'pseudo' are the pseudo-labels of the round before; from synthetic sections there is one training for all folds, watched on fold 0
+    # 'pseudo' are the pseudo-labels of the round before; from synthetic sections there is one training for all folds, watched on fold 0
+    data: Literal["train", "train+pseudo", "pseudo"] | Synthetic = "train"
     pseudo_labels: PseudoLabels = PseudoLabels()  # which of them
     repeat_train: int = Field(1, ge=1)  # how often an epoch has each train tile, where it has pseudo-labels beside them
     shared: bool = False  # one training for all folds, watched on fold 0; only where pseudo-labels are not kept apart by fold
@@ -144,12 +149,16 @@ class Phase(Strict):
         if self.optimizer.name == "rmsprop" and self.schedule.name == "one_cycle":
             raise ValueError("one_cycle moves the momentum, which rmsprop has none of: choose another schedule or optimizer")
         if getattr(self.schedule, "floor", 0) > self.lr:
-            raise ValueError(f"the {self.schedule.name} schedule falls from lr {self.lr:g} to floor {self.schedule.floor:g}, which lies above it: lower the floor")
+            raise ValueError(
+                f"the {self.schedule.name} schedule falls from lr {self.lr:g} to floor {self.schedule.floor:g}, which lies above it: lower the floor"
+            )
         if self.skip_easy and self.draws:
             raise ValueError("skip_easy leaves tiles out of an epoch and draws repeats them: leave one of the two out")
         listed = {k for which in (self.weights, *self.fold_snapshots.values()) if not isinstance(which, str) for k in which}
         if listed and (self.schedule.name != "cosine" or not listed <= set(range(self.schedule.cycles))):
-            raise ValueError(f"there is a snapshot for each cycle of the cosine schedule, counted from 0, and none for {sorted(listed)}: see weights and schedule")
+            raise ValueError(
+                f"there is a snapshot for each cycle of the cosine schedule, counted from 0, and none for {sorted(listed)}: see weights and schedule"
+            )
         if self.repeat_train > 1 and self.data != "train+pseudo":
             raise ValueError("repeat_train weighs train tiles against pseudo-labels: set data to train+pseudo, or leave it out")
         if self.shared and self.data != "pseudo":
@@ -260,7 +269,10 @@ class Recipe(Strict):
         known = {}
         for i, (round_name, round_) in enumerate(self.rounds.items()):
             if round_name in ("prepare", "report") or "ensemble" in round_.phases:
-                raise ValueError(f"{round_name} can't be the name of a round with the phases {list(round_.phases)}: prepare, report and ensemble are folders of steps")
+                raise ValueError(
+                    f"{round_name} can't be the name of a round with the phases {list(round_.phases)}: prepare, "
+                    "report and ensemble are folders of steps"
+                )
             for phase_name, phase in round_.phases.items():
                 where, start = f"{round_name}/{phase_name}", known.get(phase.start)
                 if phase.start not in ("imagenet", "scratch", *known):
@@ -272,14 +284,19 @@ class Recipe(Strict):
                 if phase.shared and start and not (start.shared or start.synthetic) or phase.synthetic and start and not start.synthetic:
                     raise ValueError(f"{where} is shared by all folds and can't start from {phase.start}, which each fold has its own of")
                 if beyond := sorted(fold for fold in phase.fold_snapshots if not 0 <= fold < self.folds.n):
-                    raise ValueError(f"{where} has fold_snapshots of fold {beyond[0]}, but the folds are 0 to {self.folds.n - 1}: leave it out, or all of them with fold_snapshots={{}}")
+                    raise ValueError(
+                        f"{where} has fold_snapshots of fold {beyond[0]}, but the folds are 0 to {self.folds.n - 1}: leave it out, "
+                        f"or all of them with fold_snapshots={{}}"
+                    )
                 if phase.pseudo and i == 0:
                     raise ValueError(f"{where} wants pseudo-labels, but no round comes before it")
                 known[where] = phase
             for name, group in round_.ensemble.items():
                 for member in group.members:
                     if (path := full_name(round_name, member)) not in known:
-                        raise ValueError(f"the ensemble of {round_name} names {member}: choose among the phases of this round and those before it {list(known)}")
+                        raise ValueError(
+                            f"the ensemble of {round_name} names {member}: choose among the phases of this round and those before it {list(known)}"
+                        )
                     if known[path].shared or known[path].synthetic:
                         raise ValueError(f"the ensemble of {round_name} names {member}, which is shared by all folds and has no predictions out of fold")
         return self
@@ -406,7 +423,10 @@ def read_recipe(
         except Exception:  # as above
             done = 0
         if not done:
-            raise SaltError(f"--set {change} changes nothing in {path.name}: write key=value with a key of the recipe, such as rounds.round1.phases.compact.epochs=1.")
+            raise SaltError(
+                f"--set {change} changes nothing in {path.name}: write key=value with a key of the recipe, "
+                "such as rounds.round1.phases.compact.epochs=1."
+            )
     return parse_recipe(plain, path.name)
 
 # %% ../nbs/14_recipes.ipynb #4a9f156b
@@ -583,13 +603,19 @@ def step_arguments(
     "All settings that decide a step's result, beside the results of the steps it waits for."
     common = {"data": recipe.data, "seed": recipe.seed, "folds": recipe.folds.model_dump(include={"n", "by", "file"})}
     if step.kind == "train":
-        common |= {"phase": recipe.rounds[step.round].phases[step.phase].model_dump(mode="json", exclude={"predict_as"}), "clean_pseudo_labels": recipe.clean_pseudo_labels}
+        common |= {
+            "phase": recipe.rounds[step.round].phases[step.phase].model_dump(mode="json", exclude={"predict_as"}),
+            "clean_pseudo_labels": recipe.clean_pseudo_labels,
+        }
     elif step.kind == "predict":
         phase = recipe.rounds[step.round].phases[step.phase]
         common |= {"weights": phase.files(step.fold)} | phase.recorded_sizes
     elif step.kind == "ensemble":
         groups = {name: group.model_dump(mode="json") for name, group in recipe.rounds[step.round].ensemble.items()}
-        common |= {"ensemble": groups, "use": list(recipe.folds.use), "clean_pseudo_labels": recipe.clean_pseudo_labels, "postprocess": list(rules_in_use(recipe, step.round))}
+        common |= {
+            "ensemble": groups, "use": list(recipe.folds.use), "clean_pseudo_labels": recipe.clean_pseudo_labels,
+            "postprocess": list(rules_in_use(recipe, step.round)),
+        }
     elif step.kind == "report":
         common |= {"recipe": recipe.model_dump(mode="json", exclude={"device"})}
     place = {k: v for k, v in (("round", step.round), ("phase_name", step.phase), ("fold", step.fold)) if v not in ("", None)}
@@ -624,7 +650,10 @@ def check_settings(
     for step in recipe_steps(recipe):
         record, now = read_record(folder := step_folder(recipe, step, outputs)), step_arguments(recipe, step)
         if record and step.kind == "prepare" and any(record["inputs"].get(file, sum) != sum for file, sum in fold_file(recipe).items()):
-            raise SaltError(f"{recipe.folds.file} is no longer the table by which {folder} dealt the tiles: put that one back, or give this run a name of its own with --set name=....")
+            raise SaltError(
+                f"{recipe.folds.file} is no longer the table by which {folder} dealt the tiles: put that one back, "
+                "or give this run a name of its own with --set name=...."
+            )
         if record:
             then = record["arguments"]
         elif (folder / "checkpoint.pt").exists():  # of an interrupted training
@@ -639,7 +668,8 @@ def check_settings(
         first, *others = changed
         names = ", ".join(map(str, others[:10])) + (f" and {len(others) - 10} more" if others[10:] else "")
         raise SaltError(
-            f"{first} was made with other settings ({changed[first]}){f'; so were {names}' if others else ''}: give this run a name of its own with --set name=..., "
+            f"{first} was made with other settings ({changed[first]}){f'; so were {names}' if others else ''}: "
+            "give this run a name of its own with --set name=..., "
             f"or delete what was made with other settings to make it again."
         )
 

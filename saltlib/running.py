@@ -17,7 +17,10 @@ from pathlib import Path
 
 import psutil
 
-from .core import SaltError, changed_files, checksum, pick_device, project_root, read_json, read_record, runs_folder, socket_folder, usable_cores, visible_gpus, write_atomic
+from saltlib.core import (
+    SaltError, changed_files, checksum, pick_device, project_root, read_json, read_record, runs_folder, socket_folder, usable_cores, visible_gpus,
+    write_atomic,
+)
 from .data import SIZE, read_by_id, refuse_bad_data
 from .recipes import Recipe, Step, check_settings, find_step, read_recipe, recipe_folder, recipe_steps, run_names, step_folder, step_inputs, write_recipe
 
@@ -83,13 +86,17 @@ def execute_notebook(
         papermill_io.register(str(output), handler)
         try:
             papermill.execute_notebook(
-                str(notebook), str(output), parameters, kernel_name="python3", start_timeout=600, progress_bar=False, stdout_file=LabelledLines(label), config=config,
+                str(notebook), str(output), parameters, kernel_name="python3", start_timeout=600, progress_bar=False,
+                stdout_file=LabelledLines(label), config=config,
                 coalesce_streams=True,  # the lines of all epochs are one block of text, not a block each
             )
         except papermill.PapermillExecutionError as error:
             raise SaltError(f"{label} failed: {error.ename}: {error.evalue} (the executed notebook is {output})") from None
         except DeadKernelError:
-            raise SaltError(f"{label} failed: its process was killed, as systems do when memory runs out (the executed notebook is {output}). The same command goes on from the last finished epoch.") from None
+            raise SaltError(
+                f"{label} failed: its process was killed, as systems do when memory runs out (the executed notebook is {output}). "
+                "The same command goes on from the last finished epoch."
+            ) from None
 
 # %% ../nbs/18_running.ipynb #a9b144f7
 def hold(
@@ -231,7 +238,8 @@ class Progress:
             return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
         done, left = sum(map(self.is_done, self.work)), self.seconds_left()
-        title = f"{self.name}: {done} of {len(self.work)} steps done, {clock(time.time() - self.started)} so far" + (f", about {clock(left)} left" if left is not None else "")
+        title = f"{self.name}: {done} of {len(self.work)} steps done, {clock(time.time() - self.started)} so far"
+        if left is not None: title += f", about {clock(left)} left"
         table = Table("running", "done", "mAP", "tiles/s", "last line", title=title, caption=SCORE_NOTE)
         for step, text in list(self.last.items()):
             if not self.is_done(step):
@@ -305,7 +313,10 @@ def find_recipe(
     for path in (recipes / f"{name}.yaml", outputs / name / "recipe.yaml", Path(name) / "recipe.yaml", Path(name)):
         if path.is_file():
             return path
-    raise SaltError(f"There is no recipe or run {name}: give a YAML file, a recipe ({', '.join(sorted(p.stem for p in recipes.glob('*.yaml')))}), or a run in outputs ({', '.join(run_names(outputs)) or 'none yet'}).")
+    raise SaltError(
+        f"There is no recipe or run {name}: give a YAML file, a recipe ({', '.join(sorted(p.stem for p in recipes.glob('*.yaml')))}), "
+        f"or a run in outputs ({', '.join(run_names(outputs)) or 'none yet'})."
+    )
 
 
 def is_run(
@@ -406,7 +417,8 @@ def measured_rates(
     outputs: Path,
     gpu: bool,  # on GPUs, otherwise on CPUs
 ) -> dict[str, float]:  # network -> tiles a second
-    "How fast each network was trained on such a device, by the latest record of a long training in the outputs folder, or else by `salt bench --json outputs/bench.json`."
+    """How fast each network was trained on such a device, by the latest record of a long training in the outputs folder,
+    or else by `salt bench --json outputs/bench.json`."""
     rates, records = {}, []
     with contextlib.suppress(SaltError, KeyError, TypeError, AttributeError):  # there is none, or it is of another version
         bench = read_json(outputs / "bench.json")
@@ -436,7 +448,10 @@ def expected_cost(
     lines = []
     for model, n in passes.items():
         bench = ", or run salt bench --json outputs/bench.json," * ("_at_" not in model if gpu else model == "compact")  # those that it trains there
-        time = f"{n / rates[model] / 3600:.2f} {hours} at the measured {rates[model]:.0f} a second" if model in rates else f"not yet measured on a {device} here: train one phase for one epoch{bench} to know the hours"
+        time = (
+            f"{n / rates[model] / 3600:.2f} {hours} at the measured {rates[model]:.0f} a second" if model in rates
+            else f"not yet measured on a {device} here: train one phase for one epoch{bench} to know the hours"
+        )
         lines.append(f"{model}: at most {n / 1e6:.3g} million tiles through training, {time}")
     if passes and set(passes) <= set(rates):
         beside = "" if gpu else " if one step follows the other, less where trainings run beside each other"
@@ -562,13 +577,15 @@ def snakemake_command(
 ) -> list[str]:
     "What runs the missing steps of a recipe."
     folder = recipe_folder(recipe, outputs)
-    # A cluster's scheduler deals out GPUs and cores. Here, each GPU has so many steps at a time; on a CPU the trainings that can be at work together share the cores.
+    # A cluster's scheduler deals out GPUs and cores. Here, each GPU has so many steps at a time; on a CPU the trainings that can be at work
+    # together share the cores.
     where = ["--profile", str(profile)] if profile else ["--cores", str(cores), "--resources", f"gpu={gpus * per_gpu}"]
     # A step that was at work when Snakemake was killed may have come to its end since; its record, written last, says so: --ignore-incomplete.
     return [
         sys.executable, "-m", "snakemake", *(str((step_folder(recipe, step, outputs) / "record.json").relative_to(folder)) for step in targets),
         "--snakefile", str(runs_folder() / "Snakefile"), "--directory", str(folder), *where,
-        "--config", f"gpu={int(use_gpu)}", f"cores={1 if profile or gpus else cores}", f"per_gpu={per_gpu}", f"project={json.dumps([os.getcwd()], ensure_ascii=False)}",
+        "--config", f"gpu={int(use_gpu)}", f"cores={1 if profile or gpus else cores}", f"per_gpu={per_gpu}",
+        f"project={json.dumps([os.getcwd()], ensure_ascii=False)}",
         "--ignore-incomplete", "--rerun-triggers", "mtime", "--keep-going", "--nolock", "--quiet", "all",
     ]
 
@@ -590,7 +607,8 @@ def make_progress(
     outputs: Path,
 ) -> Progress:
     "A view of these steps, each counting by the tiles that go through its network."
-    passes = {str(step): training_passes(recipe, step) if step.kind in ("train", "predict") else 100 for step in steps}  # the others: about as long as some tiles
+    # the others: about as long as some tiles
+    passes = {str(step): training_passes(recipe, step) if step.kind in ("train", "predict") else 100 for step in steps}
     epochs = {str(step): recipe.rounds[step.round].phases[step.phase].total_epochs for step in steps if step.kind == "train"}
     records = {str(step): step_folder(recipe, step, outputs) / "record.json" for step in steps}
     return Progress(recipe.name, passes, epochs, lambda step: records[step].exists())
@@ -624,7 +642,8 @@ def run_recipe(
     quiet: bool = False,  # print nothing but errors
     verbose: bool = False,  # plain lines instead of the live view
 ) -> None:
-    "Run the missing steps of a recipe. `SaltError` if the data or the settings are refused, cores or GPUs are to be dealt out that are not this machine's, or a step fails."
+    """Run the missing steps of a recipe. `SaltError` if the data or the settings are refused,
+    cores or GPUs are to be dealt out that are not this machine's, or a step fails."""
     cluster = find_profile(profile) if profile else None
     os.chdir(project_root())
     outputs = Path("outputs")
@@ -632,7 +651,10 @@ def run_recipe(
     gpus = 0 if recipe.device == "cpu" else len(visible_gpus())
     use_gpu = recipe.device != "cpu" and bool(cluster or gpus)
     if per_gpu > 1 and (cluster or not gpus):
-        raise SaltError("--per-gpu shares the GPUs of this machine, " + ("but with --profile a cluster deals out its own." if cluster else "but this run has none: leave it out."))
+        raise SaltError(
+            "--per-gpu shares the GPUs of this machine, "
+            + ("but with --profile a cluster deals out its own." if cluster else "but this run has none: leave it out.")
+        )
     if cores and cluster:
         raise SaltError("--cores counts the cores of this machine, but with --profile a cluster deals out its own: leave it out.")
     wanted = steps_until(recipe, until)
@@ -665,7 +687,10 @@ def run_recipe(
         outdated = outdated_steps(recipe, outputs)
         steps = [step for step in outdated if step in wanted]
         if not quiet:
-            print(*filter(None, outdated.values()), f"{recipe.name}: {len(steps)} of {len(recipe_steps(recipe))} steps to run, results in {folder}/", sep="\n", flush=True)
+            print(
+                *filter(None, outdated.values()), f"{recipe.name}: {len(steps)} of {len(recipe_steps(recipe))} steps to run, results in {folder}/",
+                sep="\n", flush=True,
+            )
         clear_outdated(recipe, outdated, outputs)
         if steps or not (until or report_page(recipe, outputs).exists()):
             command = snakemake_command(recipe, outputs, wanted if until else [], cluster, cores or usable_cores(), gpus, per_gpu, use_gpu)

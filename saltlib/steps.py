@@ -28,7 +28,10 @@ from .ensemble import Ensemble, Group, averaged_ahead, choose_pseudo_labels, dec
 from .metrics import precision_at_iou, score
 from .mosaic import CLOSE, closest_known, mosaic_groups
 from .postprocess import correct_codes, find_sources, straight_masks, straight_rows
-from .recipes import Folds, Members, Phase, Recipe, Step, find_run, find_step, fold_file, fold_of, full_name, is_contaminated, previous_round, read_recipe, read_run, recipe_folder, recipe_steps, rules_in_use, run_names, step_arguments, step_folder, step_inputs
+from saltlib.recipes import (
+    Folds, Members, Phase, Recipe, Step, find_run, find_step, fold_file, fold_of, full_name, is_contaminated, previous_round, read_recipe, read_run,
+    recipe_folder, recipe_steps, rules_in_use, run_names, step_arguments, step_folder, step_inputs,
+)
 from .synthetic import make_tiles
 
 # %% ../nbs/15_steps.ipynb #ab82d517
@@ -141,7 +144,10 @@ def run_tiles(
         table, own = pd.read_csv(noted, dtype=str).query("split == @split"), tiles[: len(tiles) - len(before or ())]
         then, now = set(zip(table["id"], table["checksum"])), set(zip(own.ids.tolist(), tile_checksums(own)))
         if changed := sorted({id for id, _ in then ^ now}):
-            raise SaltError(f"{len(changed)} {split} tiles in {step.recipe.data} are not those that {step.recipe.name} began with, {changed[0]} first: put the old ones back, or give a run on the new ones a name of its own with --set name=....")
+            raise SaltError(
+                f"{len(changed)} {split} tiles in {step.recipe.data} are not those that {step.recipe.name} began with, {changed[0]} first: "
+                "put the old ones back, or give a run on the new ones a name of its own with --set name=...."
+            )
     return tiles
 
 # %% ../nbs/15_steps.ipynb #e51c0a01
@@ -162,7 +168,8 @@ def step_folds(
     test: Tiles,
     mosaics: list[np.ndarray],  # grids of row numbers, those of the test tiles behind those of the train tiles
 ) -> np.ndarray:  # fold of each train tile
-    "Folds by depth over all tiles, by mosaic with the known salt balanced, or from the recipe's own file. `SaltError` if a fold has no train tile, or the file lacks a tile or has another number of folds."
+    """Folds by depth over all tiles, by mosaic with the known salt balanced, or from the recipe's own file. `SaltError` if a fold has no train tile,
+    or the file lacks a tile or has another number of folds."""
     settings = step.recipe.folds
     if settings.file is None:
         ids, depths, groups, coverage = np.concatenate([train.ids, test.ids]), np.concatenate([train.depths, test.depths]), None, None
@@ -170,7 +177,9 @@ def step_folds(
             groups, coverage = mosaic_groups(mosaics, len(ids)), np.concatenate([train.masks.mean(axis=(1, 2)), np.full(len(test), np.nan)])
         folds = make_folds(ids, depths, settings.n, groups, coverage)[: len(train)]
         if empty := sorted(set(range(settings.n)) - set(folds.tolist())):
-            raise SaltError(f"Fold {empty[0]} by {settings.by} has no train tile: there are too few tiles or mosaics for {settings.n} folds, set folds.n lower.")
+            raise SaltError(
+                f"Fold {empty[0]} by {settings.by} has no train tile: there are too few tiles or mosaics for {settings.n} folds, set folds.n lower."
+            )
         return folds
     return own_folds(settings, train.ids)
 
@@ -216,7 +225,8 @@ def join_tiles(
 def training_tiles(
     step: OpenStep,  # 'train'
 ) -> tuple[Tiles, Tiles]:  # tiles to learn from, tiles to be scored on
-    "The tiles of a training: train tiles, pseudo-labelled test tiles or both, or synthetic ones; black ones where the phase wants them. `SaltError` if fewer than two are left, or none to be scored on."
+    """The tiles of a training: train tiles, pseudo-labelled test tiles or both, or synthetic ones; black ones where the phase wants them.
+    `SaltError` if fewer than two are left, or none to be scored on."""
     (train, valid), phase, place = split_fold(step), step.phase, step.place
     if phase.synthetic:
         train = make_tiles(phase.data.sections, derive_seed(step.recipe.seed, place.round, place.phase, "sections"))
@@ -234,7 +244,10 @@ def training_tiles(
         if len(train) < 2:
             raise SaltError(f"Only {len(train)} of the pseudo-labels in {file} are chosen for {place.round}/{place.phase}: lower its pseudo_labels.confidence.")
     if len(train) < 2 or not len(valid):
-        raise SaltError(f"{place} has {len(train)} tiles to learn from and {len(valid)} to be scored on: deal the tiles otherwise (folds), or let black ones take part (black_tiles).")
+        raise SaltError(
+            f"{place} has {len(train)} tiles to learn from and {len(valid)} to be scored on: deal the tiles otherwise (folds), "
+            "or let black ones take part (black_tiles)."
+        )
     return train, valid
 
 # %% ../nbs/15_steps.ipynb #e51c0a06
@@ -313,7 +326,8 @@ def score_line(
 def tiles_to_predict(
     step: OpenStep,  # 'predict'
 ) -> tuple[np.ndarray, np.ndarray]:  # ids, images uint8
-    "All test tiles, then the fold's own validation tiles (out of fold). So the test tiles lie in the same chunks of every member's store, and no chunk is read twice."
+    """All test tiles, then the fold's own validation tiles (out of fold). So the test tiles lie in the same chunks of every member's store,
+    and no chunk is read twice."""
     _, valid = split_fold(step)
     tiles = run_tiles(step, "test", before=valid)
     return tiles.ids, tiles.images
@@ -385,7 +399,10 @@ def choice_lines(
     counts: pd.DataFrame,  # of `count_choices`
 ) -> str:  # a line a phase
     "The same in words, for the terminal."
-    lines = [f"{phase} of the next round will choose pseudo-labels: " + ", ".join(f"{n:.0f} tiles for {fold}" for fold, n in row.dropna().items()) for phase, row in counts.iterrows()]
+    lines = [
+        f"{phase} of the next round will choose pseudo-labels: " + ", ".join(f"{n:.0f} tiles for {fold}" for fold, n in row.dropna().items())
+        for phase, row in counts.iterrows()
+    ]
     return "\n".join(lines) or "No phase of a next round learns from these pseudo-labels."
 
 
@@ -474,8 +491,14 @@ def open_run(
     "A finished run, to be read. `SaltError` if it is not there, its last round has no ensemble yet, or that one's results are damaged."
     if (folder := find_run(run, outputs)) is None:
         if any((place / "blend.ipynb").is_file() for place in (Path(run), Path(outputs) / run)):
-            raise SaltError(f"{run} is the mean of several runs, made by salt blend: give these runs themselves; out_of_fold.csv in it has its scores beside theirs.")
-        raise SaltError(f"There is no run {run}: give a run's folder (with recipe.yaml), or the name of one in {outputs} ({', '.join(run_names(outputs)) or 'none yet'}).")
+            raise SaltError(
+                f"{run} is the mean of several runs, made by salt blend: give these runs themselves; "
+                "out_of_fold.csv in it has its scores beside theirs."
+            )
+        raise SaltError(
+            f"There is no run {run}: give a run's folder (with recipe.yaml), "
+            f"or the name of one in {outputs} ({', '.join(run_names(outputs)) or 'none yet'})."
+        )
     recipe = read_run(folder)
     run = RunStep(recipe, Step("ensemble", list(recipe.rounds)[-1]), folder.parent)
     if read_record(run.folder, verify=True) is None:
@@ -521,7 +544,7 @@ def contaminated_scores(
 def compare_scores(
     scores: pd.DataFrame,  # of `tile_scores` or `blend_scores`, or of other ways to predict
     runs: dict[str, RunStep] = {},  # those of `open_runs` that the scores are of
-) -> pd.DataFrame:  # a row a run, then a row for each difference to the first run: tiles, mAP, low, high; tiles that are better and worse; a remark where scores are contaminated
+) -> pd.DataFrame:  # a row a run, then one a difference to the first run: tiles, mAP, low, high; tiles better, worse; a remark if scores are contaminated
     "Scores, and paired differences on the tiles that both runs scored, with 95 % intervals. `SaltError` if they have no tile in common."
     names, table = list(scores), {name: mean_row(scores[name].dropna()) for name in scores}
     contaminated = contaminated_scores(scores, runs)
@@ -587,7 +610,10 @@ def check_same_tiles(
     first, *others = (PredictionStore(run.folder / "predictions.zarr") for run in runs.values())
     for store in others:
         if different := set(first.ids) ^ set(store.ids):
-            raise SaltError(f"{store.path} holds other test tiles than {first.path} ({len(different)} differ, {min(different)} first): give runs on the same data.")
+            raise SaltError(
+                f"{store.path} holds other test tiles than {first.path} ({len(different)} differ, {min(different)} first): "
+                "give runs on the same data."
+            )
     if tile_scores(runs).dropna().empty:
         raise SaltError(f"{', '.join(runs)} have no scored tile in common: give runs on the same data.")
 

@@ -280,13 +280,21 @@ TARGETS = {  # share of all inputs
     "tables": Target(0.2, [TABLE], "\r~\n~,~\"~../~id~z~\0~\ufeff~aa,1\n~é", check_table),
     "fold files": Target(0.08, [b"id,fold\naa,0\nb-1,1\n", b",fold,id\n0,1,aa\n1,0,b-1\n"], "0~1~999~-~1.0~\n~,~id", check_folds),
     "pseudo-labels": Target(0.01, [LABELS], "\n~,~\"~nan~inf~1e999~-1~99999999999999999999~1 1", check_pseudo_labels),
-    "PNG tiles": Target(0.07, [png(tile()), png(np.stack([tile()] * 3, -1)), png(tile().astype(np.uint16))], "IHDR~IDAT~IEND~PLTE~tRNS~acTL~iCCP", check_png, mend_png),
-    "PNG masks": Target(0.07, [png((tile() > 30) * np.uint8(255)), png((tile() > 30) * np.uint16(65535))], "IHDR~IDAT~IEND~PLTE~tRNS~sBIT", check_mask, mend_png),
+    "PNG tiles": Target(
+        0.07, [png(tile()), png(np.stack([tile()] * 3, -1)), png(tile().astype(np.uint16))], "IHDR~IDAT~IEND~PLTE~tRNS~acTL~iCCP", check_png, mend_png,
+    ),
+    "PNG masks": Target(
+        0.07, [png((tile() > 30) * np.uint8(255)), png((tile() > 30) * np.uint16(65535))], "IHDR~IDAT~IEND~PLTE~tRNS~sBIT", check_mask, mend_png,
+    ),
     "zips": Target(0.02, [zipped(zipfile.ZIP_STORED), zipped(zipfile.ZIP_DEFLATED)], "PK\x01\x02~PK\x03\x04~PK\x05\x06~images/~../~\0~.png", check_zip),
     "recipes": Target(0.01, [RECIPE], "[~{~&a ~*a~: ~- ~!!python/name:os.system ~!!int ~.inf~.nan~null~~~1e400~0~-1~on~\t~\n~round2~'~\"", check_recipe),
-    "settings files": Target(0.02, [b'{"images": "tiles", "models": "nets", "out": "new.csv"}'], "[~{~\"~,~null~1e999~\\ud800~\\u0000~true~images", check_settings),
+    "settings files": Target(
+        0.02, [b'{"images": "tiles", "models": "nets", "out": "new.csv"}'], "[~{~\"~,~null~1e999~\\ud800~\\u0000~true~images", check_settings,
+    ),
     "records": Target(0.04, [RECORD], "[~{~\"~,~null~NaN~Infinity~1e999~true~../../etc/passwd~files~checksum", check_record),
-    "torch files": Target(0.02, [torch_file(True), torch_file(False)], "PK\x01\x02~cposix\nsystem\n~cos\nsystem\n~R.~archive/~torch\nFloatStorage\n", check_torch),
+    "torch files": Target(
+        0.02, [torch_file(True), torch_file(False)], "PK\x01\x02~cposix\nsystem\n~cos\nsystem\n~R.~archive/~torch\nFloatStorage\n", check_torch,
+    ),
     "safetensors": Target(0.03, [safetensors_file()], "F64~I64~BOOL~F8_E4M3~F4~[~{~\"~999999999999~weight~data_offsets", check_safetensors),
     "Keras files": Target(0.01, [keras_file()], "HDF\r\n~TREE~HEAP~SNOD~OHDR~\xff\xff\xff\xff\xff\xff\xff\xff", check_keras),
 }

@@ -25,7 +25,10 @@ from saltlib.running import status_rows
 from saltlib.core import SaltError, read_record
 from saltlib.recipes import read_recipe, recipe_steps, step_folder
 
-RECIPES = {name: SINGLE.replace("name: single", f"name: {name}\ndevice: cpu\nseed: {seed}").replace("epochs: 3", "epochs: 2") for seed, name in enumerate(("first", "second"))}
+RECIPES = {
+    name: SINGLE.replace("name: single", f"name: {name}\ndevice: cpu\nseed: {seed}").replace("epochs: 3", "epochs: 2")
+    for seed, name in enumerate(("first", "second"))
+}
 
 KINDS, SIGNALS = ["prepare", "train", "predict", "ensemble", "report"], ["SIGKILL", "SIGTERM", "SIGINT"]
 

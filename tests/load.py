@@ -124,14 +124,19 @@ def main() -> int:
     root, failed = Path(tempfile.mkdtemp(prefix="saltlib-load-")) / "data", False
     for step in STEPS:
         began = time.time()
-        done = subprocess.run([sys.executable, __file__, "--step", step.__name__, "--root", root, "--tiles", str(args.tiles)], stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--step", step.__name__, "--root", root, "--tiles", str(args.tiles)], stdout=subprocess.PIPE, text=True,
+        )
         if done.returncode:
             print(f"{step.__name__}: failed ({done.returncode})")
             failed = True
             continue
         *said, peak = done.stdout.split(" ")
         failed |= int(peak) > LIMIT
-        print(f"{step.__name__}: {args.tiles} tiles, {time.time() - began:.0f} s, {int(peak)} MB{' (too much)' * (int(peak) > LIMIT)} {' '.join(said)}", flush=True)
+        print(
+            f"{step.__name__}: {args.tiles} tiles, {time.time() - began:.0f} s, {int(peak)} MB{' (too much)' * (int(peak) > LIMIT)} {' '.join(said)}",
+            flush=True,
+        )
     shutil.rmtree(root.parent)
     return int(failed)
 

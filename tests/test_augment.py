@@ -73,7 +73,8 @@ def test_up_stays_up(tiles, name):
 
 @pytest.mark.parametrize("name, shares", [("bes", [0.5, 0.2, 0.1, 0.7]), ("phalanx", [0.5, 0.5, 0.5]), ("light", [0.5, 0.7, 0.5]), ("wide", [0.5, 0.8, 0.6])])
 def test_shares(name, shares):
-    "How many of 2,000 tiles each part of a set changes, of the published ones as often as published (method, section 5); tiles of noise, which any change shows in."
+    """How many of 2,000 tiles each part of a set changes, of the published ones as often as published (method, section 5); tiles of noise,
+    which any change shows in."""
     image = np.random.default_rng(0).integers(60, 180, (101, 101), dtype=np.uint8)
     parts = AUGMENTATIONS[name]().transforms
     changed = [np.mean([not np.array_equal(image, tile) for tile, _ in draw(part, image, n=2000)]) for part in parts]
@@ -170,7 +171,10 @@ def test_parts_of_a_set_draw_differently(tiles):
     image, mask = tiles[0][0], tiles[1][0]
     transform = A.Compose([A.HorizontalFlip(p=0.5), A.Transpose(p=0.5)])
     four = [image, image[:, ::-1], image.T, image[:, ::-1].T]
-    kinds = [next(k for k, view in enumerate(four) if np.array_equal(augment_tile(seed_transform(transform, seed), image, mask)[0], view)) for seed in range(400)]
+    kinds = [
+        next(k for k, view in enumerate(four) if np.array_equal(augment_tile(seed_transform(transform, seed), image, mask)[0], view))
+        for seed in range(400)
+    ]
     assert all(70 < kinds.count(k) < 130 for k in range(4))
 
 

@@ -44,7 +44,10 @@ def test_slurm(project, tmp_path, device):
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{answers.get(name, 'exit 0')}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    run = subprocess.Popen([*SALT, "run", "single.yaml", "--profile", "slurm", "--set", f"device={device}"], cwd=project, env=env, start_new_session=True, stdout=log.open("w"), stderr=subprocess.STDOUT)
+    run = subprocess.Popen(
+        [*SALT, "run", "single.yaml", "--profile", "slurm", "--set", f"device={device}"], cwd=project, env=env, start_new_session=True,
+        stdout=log.open("w"), stderr=subprocess.STDOUT,
+    )
     deadline = time.time() + 300
     while not calls.exists() and run.poll() is None and time.time() < deadline:
         time.sleep(0.2)

@@ -159,26 +159,40 @@ def unlink(name):
 
 DAMAGE = {
     "truncated": (damage_png("train/images/aa.png", lambda d: d[:-30]), ["train/images/aa.png is truncated"]),
-    "a wrong checksum": (damage_png("train/images/aa.png", lambda d: d[:29] + bytes([d[29] ^ 1]) + d[30:]), ["train/images/aa.png is damaged (a checksum is wrong)"]),
+    "a wrong checksum": (
+        damage_png("train/images/aa.png", lambda d: d[:29] + bytes([d[29] ^ 1]) + d[30:]), ["train/images/aa.png is damaged (a checksum is wrong)"],
+    ),
     "truncated in the header": (damage_png("train/images/aa.png", lambda d: d[:20]), ["train/images/aa.png is truncated"]),
     "empty file": (write("train/masks/aa.png", b""), ["train/masks/aa.png is not a PNG"]),
     "a JPEG": (write("test/images/t0.png", cv2.imencode(".jpg", image_of("t0"))[1].tobytes()), ["test/images/t0.png is not a PNG"]),
     "a flipped bit": (damage_png("test/images/t1.png", lambda d: d[:300] + bytes([d[300] ^ 4]) + d[301:]), ["test/images/t1.png is damaged"]),
     "another size": (write("test/images/t1.png", png(np.zeros((101, 100), np.uint8))), ["test/images/t1.png is 100 x 101 pixels"]),
     "a PNG bomb": (damage_png("test/images/t1.png", claim_size(2**31 - 1, 2**31 - 1)), ["test/images/t1.png is 2147483647 x 2147483647 pixels"]),
-    "unequal channels": (write("train/images/aa.png", png(np.dstack([image_of("aa"), image_of("aa"), image_of("D3")]))), ["aa.png has 3 channels that are not"]),
+    "unequal channels": (
+        write("train/images/aa.png", png(np.dstack([image_of("aa"), image_of("aa"), image_of("D3")]))), ["aa.png has 3 channels that are not"],
+    ),
     "alpha": (write("train/images/aa.png", png(np.dstack([image_of("aa")] * 4))), ["aa.png has 4 channels that are not"]),
     "16-bit image": (write("train/images/aa.png", png(image_of("aa").astype(np.uint16))), ["aa.png is a 16-bit image"]),
     "a grey mask": (write("train/masks/aa.png", png(image_of("aa"))), ["train/masks/aa.png is a mask with values other than 0"]),
     "too large": (write("test/images/t1.png", bytes(LARGEST_FILE + 1)), ["test/images/t1.png is larger than"]),
     "image without a mask": (unlink("train/masks/aa.png"), ["train/images has aa, train/masks lacks it"]),
-    "mask without an image": (unlink("train/images/aa.png"), ["train/masks has aa, train/images lacks it", "train.csv has aa, train/images lacks it", "depths.csv has aa"]),
+    "mask without an image": (
+        unlink("train/images/aa.png"), ["train/masks has aa, train/images lacks it", "train.csv has aa, train/images lacks it", "depths.csv has aa"],
+    ),
     "test tile missing": (unlink("test/images/t2.png"), ["sample_submission.csv has t2, test/images lacks it", "depths.csv has t2, the set of tiles lacks it"]),
-    "test tile too many": (write("test/images/new.png", png(image_of("t0"))), ["test/images has new, sample_submission.csv lacks it", "the set of tiles has new, depths.csv lacks it"]),
+    "test tile too many": (
+        write("test/images/new.png", png(image_of("t0"))),
+        ["test/images has new, sample_submission.csv lacks it", "the set of tiles has new, depths.csv lacks it"],
+    ),
     "not in train.csv": (replace("train.csv", "D3", "D4"), ["train/images has D3, train.csv lacks it", "train.csv has D4, train/images lacks it"]),
     "both train and test": (write("test/images/aa.png", png(image_of("aa"))), ["aa is both a train and a test tile", "test/images has aa"]),
-    "other mask than its code": (write("train/masks/b-1.png", png(mask_of("aa") * np.uint8(255))), ["train/masks/b-1.png and its run-length code in train.csv differ in"]),
-    "a mask shifted by a row": (write("train/masks/b-1.png", png(np.roll(mask_of("b-1"), 1, axis=0) * np.uint8(255))), ["train/masks/b-1.png and its run-length code in train.csv differ in"]),
+    "other mask than its code": (
+        write("train/masks/b-1.png", png(mask_of("aa") * np.uint8(255))), ["train/masks/b-1.png and its run-length code in train.csv differ in"],
+    ),
+    "a mask shifted by a row": (
+        write("train/masks/b-1.png", png(np.roll(mask_of("b-1"), 1, axis=0) * np.uint8(255))),
+        ["train/masks/b-1.png and its run-length code in train.csv differ in"],
+    ),
     "code without its mask's salt": (lambda root: write_rle_csv(root / "train.csv", TRAIN, [""] * 4), [f"train/masks/{id}.png and its" for id in TRAIN]),
     "malformed code": (replace("train.csv", "aa,", "aa,x "), ["train.csv, tile aa: The run-length code", "not made of pairs"]),
     "overlapping code": (replace("train.csv", "aa,", "aa,1 99 2 1 "), ["train.csv, tile aa: The run-length code", "overlap"]),
@@ -192,8 +206,16 @@ DAMAGE = {
     "no depths.csv": (unlink("depths.csv"), ["depths.csv is missing"]),
     "no train.csv": (unlink("train.csv"), ["train.csv is missing"]),
     "no sample": (unlink("sample_submission.csv"), ["sample_submission.csv is missing"]),
-    **{f"only the header of {name}": (lambda root, name=name: write(name, (root / name).read_bytes().split(b"\n")[0])(root), [f"{name} has no row below its header"]) for name in ("depths.csv", "train.csv", "sample_submission.csv")},
-    "column missing": (replace("train.csv", "rle_mask", "rle"), ["train.csv must have one column rle_mask, named in its first line and separated by commas; that line is 'id,rle'"]),
+    **{
+        f"only the header of {name}": (
+            lambda root, name=name: write(name, (root / name).read_bytes().split(b"\n")[0])(root), [f"{name} has no row below its header"],
+        )
+        for name in ("depths.csv", "train.csv", "sample_submission.csv")
+    },
+    "column missing": (
+        replace("train.csv", "rle_mask", "rle"),
+        ["train.csv must have one column rle_mask, named in its first line and separated by commas; that line is 'id,rle'"],
+    ),
     "column twice": (replace("depths.csv", "id,z", "id,z,z"), ["depths.csv must have one column z"]),
     "semicolons": (replace("train.csv", ",", ";"), ["that line is 'id;rle_mask'"]),
     "both columns missing": (write("depths.csv", b""), ["depths.csv must have one column id and one column z"]),
@@ -278,7 +300,10 @@ def test_bad_member_names(root, name, words):
 
 
 def test_hidden_members_and_other_folders_are_passed_over(root):
-    zip_split(root, "test", extra=[("images/.DS_Store", b"x"), ("images/._t0.png", b"x"), ("__MACOSX/images/._t0.png", b"x"), ("images/", b""), ("readme.txt", b"x")])
+    zip_split(
+        root, "test",
+        extra=[("images/.DS_Store", b"x"), ("images/._t0.png", b"x"), ("__MACOSX/images/._t0.png", b"x"), ("images/", b""), ("readme.txt", b"x")],
+    )
     assert check_data(root) == []
 
 
@@ -512,7 +537,8 @@ def test_groups_are_dealt_by_shares_of_each_class():
     "By hand: a rare class counts as much as a common one, and the largest group comes first."
     groups, strata = np.array([0, 0, 0, 1, 1, 2, 2, 3, 3]), np.array([0, 0, 0, 1, 1, 0, 0, 1, 0])
     # Shares of the six tiles of class 0, the three of class 1, and of all nine: group 0 (1/2, 0, 1/3), 1 (0, 2/3, 2/9), 2 (1/3, 0, 2/9), 3 (1/6, 1/3, 2/9).
-    # 0 goes to fold 0; 1 to the empty fold 1; 2 would meet 1/6 + 2/27 in fold 0 and 4/81 in fold 1; 3 then 1/12 + 2/27 in fold 0 and 1/18 + 2/9 + 8/81 in fold 1.
+    # 0 goes to fold 0; 1 to the empty fold 1; 2 would meet 1/6 + 2/27 in fold 0 and 4/81 in fold 1; 3 then 1/12 + 2/27 in fold 0 and
+    # 1/18 + 2/9 + 8/81 in fold 1.
     assert deal_groups(groups, strata, 2).tolist() == [0, 0, 0, 1, 1, 1, 1, 0, 0]
     # Two tiles of each class are dealt; of the two that are left, each goes where its class is not.
     assert deal_groups(np.array([0, 0, 1, 1, 2, 3]), np.array([0, 0, 1, 1, 1, 0]), 2).tolist() == [0, 0, 1, 1, 0, 1]
@@ -608,10 +634,15 @@ def test_store_refuses(tmp_path):
     path = tmp_path / "p.zarr"
     store = PredictionStore.create(path, IDS, size=9, attributes={"model": "compact", "fold": 0})
     assert PredictionStore(path).attributes == {"model": "compact", "fold": 0}
-    for ids, size, attributes in ((IDS[:-1], 9, store.attributes), (IDS[::-1], 9, store.attributes), (IDS, 8, store.attributes), (IDS, 9, {"model": "compact", "fold": 1})):
+    for ids, size, attributes in (
+        (IDS[:-1], 9, store.attributes), (IDS[::-1], 9, store.attributes), (IDS, 8, store.attributes), (IDS, 9, {"model": "compact", "fold": 1}),
+    ):
         with pytest.raises(SaltError, match="other tiles or by another model"):
             PredictionStore.create(path, ids, size=size, attributes=attributes)
-    for rows, probs in ((slice(1, 65), PROBS[1:65]), (slice(0, 63), PROBS[:63]), (slice(0, 64), PROBS[:63]), (slice(0, 64), PROBS[:64, :8]), (slice(192, 256), PROBS[:64])):
+    for rows, probs in (
+        (slice(1, 65), PROBS[1:65]), (slice(0, 63), PROBS[:63]), (slice(0, 64), PROBS[:63]), (slice(0, 64), PROBS[:64, :8]),
+        (slice(192, 256), PROBS[:64]),
+    ):
         with pytest.raises(SaltError, match="whole chunks"):
             store.write(rows, probs)
     for value in (np.nan, np.inf, -0.1, 1.1):

@@ -55,7 +55,10 @@ def every_notebook_and_the_pictures_of_readme_are_there(site):
 
 
 def no_page_asks_another_address(site):
-    asks = re.compile(r"""<(?:script|img|iframe|source|video)\b[^>]*\bsrc=["']?(?:https?:)?//|<link\b[^>]*\bhref=["']?(?:https?:)?//|url\(["']?(?:https?:)?//|@import\s+["'](?:https?:)?//""")
+    asks = re.compile(
+        r"""<(?:script|img|iframe|source|video)\b[^>]*\bsrc=["']?(?:https?:)?//|<link\b[^>]*\bhref=["']?(?:https?:)?//"""
+        r"""|url\(["']?(?:https?:)?//|@import\s+["'](?:https?:)?//"""
+    )
     found = [f"{p.name}: {hit[0]}" for p in site.rglob("*") if p.suffix in (".html", ".css") for hit in asks.finditer(p.read_text())]
     assert not found
 

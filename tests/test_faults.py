@@ -54,7 +54,9 @@ def run(tmp_path):
             write_atomic(folder / name, f"{step} {name}")
         write_atomic(folder / f"{step.kind}.ipynb", "{}")
         inputs = [step_folder(recipe, i, outputs) for i in step_inputs(recipe, step)]
-        RunRecord(folder, step.kind, step_arguments(recipe, step)).finish({"mAP": 0.5}, ["one.csv", "two"], {str(i.relative_to(outputs)): checksum(i / "record.json") for i in inputs})
+        RunRecord(folder, step.kind, step_arguments(recipe, step)).finish(
+            {"mAP": 0.5}, ["one.csv", "two"], {str(i.relative_to(outputs)): checksum(i / "record.json") for i in inputs},
+        )
     assert outdated_steps(recipe, outputs) == {}
     return recipe, outputs
 
@@ -66,7 +68,10 @@ def test_a_damaged_result_is_named_and_made_again_with_all_that_follows(run, nam
     steps = recipe_steps(recipe)
     damage(step_folder(recipe, steps[1], outputs) / name)
     assert list(outdated := outdated_steps(recipe, outputs)) == steps[1:]
-    assert re.match(rf"\S*/{name.split('/')[0]} is missing or no longer what the step 'train round1 compact fold 0' wrote, which is done again.$", outdated[steps[1]]) and not any([*outdated.values()][1:])
+    assert re.match(
+        rf"\S*/{name.split('/')[0]} is missing or no longer what the step 'train round1 compact fold 0' wrote, which is done again.$",
+        outdated[steps[1]],
+    ) and not any([*outdated.values()][1:])
 
 
 def test_any_bit_of_a_record_may_be_wrong(run):
@@ -111,7 +116,10 @@ def test_damaged_weights_are_refused(tmp_path):
     path, network = tmp_path / "last.safetensors", torch.nn.Linear(3, 2)
     save_weights(network, path)
     whole = path.read_bytes()
-    for damaged in (b"", whole[:-1], whole[:7], b"\xff" * 8 + whole[8:], whole.replace(b"F32", b"F8_E8M0".ljust(3)[:3]), whole.replace(b"weight", b"height"), whole + b"x"):
+    for damaged in (
+        b"", whole[:-1], whole[:7], b"\xff" * 8 + whole[8:], whole.replace(b"F32", b"F8_E8M0".ljust(3)[:3]), whole.replace(b"weight", b"height"),
+        whole + b"x",
+    ):
         path.write_bytes(damaged)
         with pytest.raises(SaltError, match="last.safetensors does not hold weights of this network"):
             load_weights(network, path)
@@ -127,7 +135,10 @@ def store(tmp_path):
     return store
 
 
-@pytest.mark.parametrize("damage", [lambda path: flip(path, random.Random(1)), lambda path: path.write_bytes(path.read_bytes()[:-5]), lambda path: path.write_bytes(b""), Path.unlink])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda path: flip(path, random.Random(1)), lambda path: path.write_bytes(path.read_bytes()[:-5]), lambda path: path.write_bytes(b""), Path.unlink],
+)
 def test_a_damaged_chunk_of_predictions_is_predicted_again(store, damage):
     sound = store.read(store.ids[:64])
     damage(store.path / "probs/c/1/0/0")
@@ -158,7 +169,9 @@ def test_any_bit_of_a_store_may_be_wrong(store):
 def test_no_module_reads_pickles():
     "ruff finds pickle, marshal, eval, exec and yaml.load (pyproject.toml); it does not know these."
     for path in [*(ROOT / "saltlib").glob("*.py"), *(ROOT / "nbs/runs").iterdir()]:
-        for call in re.findall(r"(?<!safetensors\.)torch\.load\(.*|read_pickle.*|allow_pickle=True.*|load_learner.*|joblib.*", path.read_text() if path.is_file() else ""):
+        for call in re.findall(
+            r"(?<!safetensors\.)torch\.load\(.*|read_pickle.*|allow_pickle=True.*|load_learner.*|joblib.*", path.read_text() if path.is_file() else "",
+        ):
             assert "weights_only=True" in call, f"{path.name}: {call}"
 
 
@@ -170,7 +183,10 @@ def test_a_store_in_the_format_that_may_hold_pickles_is_refused(tmp_path):
         PredictionStore(tmp_path / "p.zarr")
 
 
-@pytest.mark.parametrize("change", [{"shape": [10**9, 9, 9]}, {"data_type": "float64"}, {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [10**9, 9, 9]}}}])
+@pytest.mark.parametrize(
+    "change",
+    [{"shape": [10**9, 9, 9]}, {"data_type": "float64"}, {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [10**9, 9, 9]}}}],
+)
 def test_a_store_that_claims_to_be_huge_is_refused(store, change):
     path = store.path / "probs/zarr.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -188,7 +204,8 @@ def test_aliases_do_not_grow_without_bounds(tmp_path):
 
 
 @pytest.mark.parametrize("text", [
-    "!!python/object/apply:os.system ['touch harm']", "name: !!python/name:os.system", "a: &a [*a]", "[" * 5000, "a: " + "9" * 5000, "a: 2018-13-45", "a: !!timestamp x", "a: !!bool x",
+    "!!python/object/apply:os.system ['touch harm']", "name: !!python/name:os.system", "a: &a [*a]", "[" * 5000, "a: " + "9" * 5000, "a: 2018-13-45",
+    "a: !!timestamp x", "a: !!bool x",
     "a: \0", "\xff",
 ])
 def test_recipes_that_are_none(tmp_path, monkeypatch, text):
@@ -203,7 +220,10 @@ def test_recipes_that_are_none(tmp_path, monkeypatch, text):
 def test_names_of_recipes_rounds_and_phases_are_no_paths(name):
     plain = yaml.safe_load(SINGLE)
     phase = plain["rounds"]["round1"]["phases"]["compact"]
-    for named in (plain | {"name": name}, plain | {"rounds": {name: plain["rounds"]["round1"]}}, plain | {"rounds": {"round1": {"phases": {name: phase}, "ensemble": {name: 1}}}}):
+    for named in (
+        plain | {"name": name}, plain | {"rounds": {name: plain["rounds"]["round1"]}},
+        plain | {"rounds": {"round1": {"phases": {name: phase}, "ensemble": {name: 1}}}},
+    ):
         with pytest.raises(SaltError, match="is not a valid recipe"):
             parse_recipe(named, "r.yaml")
 
@@ -220,7 +240,10 @@ def test_notebooks_get_their_parameters_as_values(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     evil = """'\"\"\"'); import os; os.mkdir("harm") #\n os.mkdir('harm')\r\\" + \\\\ {a} {{b}} %s $(mkdir harm) `mkdir harm` \0 \u2028 é"""
     new, values = nbformat.v4, {"text": evil, "texts": [evil, {evil: evil}], "nothing": None}
-    cells = [new.new_code_cell("text = ''\ntexts = []\nnothing = 0", metadata={"tags": ["parameters"]}), new.new_code_cell("import json; print(json.dumps([text, texts, nothing]))")]
+    cells = [
+        new.new_code_cell("text = ''\ntexts = []\nnothing = 0", metadata={"tags": ["parameters"]}),
+        new.new_code_cell("import json; print(json.dumps([text, texts, nothing]))"),
+    ]
     nbformat.write(new.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}), "in.ipynb")
     execute_notebook("in.ipynb", "out.ipynb", values, "test")
     assert json.loads(nbformat.read("out.ipynb", 4).cells[-1].outputs[0].text) == list(values.values())
@@ -235,10 +258,14 @@ def test_the_report_shows_names_and_does_not_run_them():
     table = pd.DataFrame({"id": [evil]}, index=[evil])
     new = nbformat.v4
     outputs = [
-        new.new_output("stream", name="stdout", text=evil), new.new_output("execute_result", data={"text/html": table._repr_html_(), "text/plain": repr(table)}),
+        new.new_output("stream", name="stdout", text=evil),
+        new.new_output("execute_result", data={"text/html": table._repr_html_(), "text/plain": repr(table)}),
         new.new_output("error", ename=evil, evalue=evil, traceback=[evil]),
     ]
-    page, _ = nbconvert.HTMLExporter(exclude_input=True, embed_images=True, extra_template_basedirs=[str(ROOT / "nbs/runs")], template_name="report_page").from_notebook_node(new.new_notebook(cells=[new.new_code_cell("", outputs=outputs)]))
+    exporter = nbconvert.HTMLExporter(
+        exclude_input=True, embed_images=True, extra_template_basedirs=[str(ROOT / "nbs/runs")], template_name="report_page"
+    )
+    page, _ = exporter.from_notebook_node(new.new_notebook(cells=[new.new_code_cell("", outputs=outputs)]))
     assert evil not in page and "<img src=x" not in page and page.count(html.escape(evil, quote=False)) >= 3
 
 
@@ -250,8 +277,14 @@ def test_any_folder_may_hold_the_project(tmp_path):
     python = folder.parent.parent / "python"
     python.symlink_to(sys.executable)
     (folder / "recipe.yaml").write_text(SINGLE)
-    command = [python, "-m", "snakemake", "--snakefile", runs / "Snakefile", "--directory", folder, "--cores", "1", "--config", "gpu=0", "cores=1", "per_gpu=1", f"project={json.dumps([str(folder.parent.parent)], ensure_ascii=False)}", "--dry-run", "--printshellcmds", "--nolock"]
-    shown = subprocess.run(command, env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.pathsep.join(p for p in sys.path if 'site-packages' in p)}"}, capture_output=True, text=True)
+    command = [
+        python, "-m", "snakemake", "--snakefile", runs / "Snakefile", "--directory", folder, "--cores", "1", "--config", "gpu=0", "cores=1",
+        "per_gpu=1", f"project={json.dumps([str(folder.parent.parent)], ensure_ascii=False)}", "--dry-run", "--printshellcmds", "--nolock",
+    ]
+    shown = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.pathsep.join(p for p in sys.path if 'site-packages' in p)}"},
+        capture_output=True, text=True,
+    )
     assert shown.returncode == 0, shown.stderr
     import shlex
     assert shown.stdout.count(f"{shlex.quote(str(python))} -c") == 6, shown.stdout  # five steps and the page of the report
@@ -267,13 +300,17 @@ def test_a_second_run_waits_and_names_the_first_and_a_killed_one_holds_nothing(t
     (project / "nbs").symlink_to(ROOT / "nbs")
     (project / "single.yaml").write_text(SINGLE)
     lock = project / "outputs/single/.lock"
-    code = f"import time; from saltlib.running import Path, hold; held = hold(Path({str(lock)!r}), 'A run of single'); print('held', flush=True); time.sleep(600)"
+    code = (
+        f"import time; from saltlib.running import Path, hold; held = hold(Path({str(lock)!r}), 'A run of single'); print('held', flush=True); "
+        "time.sleep(600)"
+    )
     first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "held\n"
     assert hold(tmp_path / "project/outputs/other/.lock", "A run of other", wait=False)  # another recipe does not wait
     second = subprocess.Popen([*SALT, "run", "single.yaml"], cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        assert second.stderr.readline() == f"A run of single is at work already (begun by process {first.pid} on {socket.gethostname()}); waiting for it to end.\n"
+        begun = f"begun by process {first.pid} on {socket.gethostname()}"
+        assert second.stderr.readline() == f"A run of single is at work already ({begun}); waiting for it to end.\n"
         first.send_signal(signal.SIGKILL)
         assert "data/demo: " in second.communicate(timeout=60)[1] and second.returncode == 1  # its turn: there are no data
     finally:
@@ -283,13 +320,17 @@ def test_a_second_run_waits_and_names_the_first_and_a_killed_one_holds_nothing(t
 
 
 @pytest.mark.parametrize("number, quiet, first", [
-    (signal.SIGTERM, True, ""), (signal.SIGTERM, False, ""), (signal.SIGTERM, False, "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "),  # the last as a script's `salt run &`
+    # the last as a script's `salt run &`
+    (signal.SIGTERM, True, ""), (signal.SIGTERM, False, ""), (signal.SIGTERM, False, "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "),
     (signal.SIGINT, True, ""), (signal.SIGINT, False, ""),
 ])
 def test_the_end_of_a_run_is_the_end_of_all_its_processes(tmp_path, number, quiet, first):
     "A signal to its first process alone, as systemd, a scheduler or an editor's stop button may send it."
     command = [sys.executable, "-c", "import subprocess; subprocess.run(['sleep', '600'])"]
-    run = subprocess.Popen([sys.executable, "-c", f"{first}from saltlib.running import *; watch({command}, [], Progress('run', {{}}, {{}}, bool), {quiet}, False, patience=1)"], cwd=tmp_path, start_new_session=True)
+    run = subprocess.Popen(
+        [sys.executable, "-c", f"{first}from saltlib.running import *; watch({command}, [], Progress('run', {{}}, {{}}, bool), {quiet}, False, patience=1)"],
+        cwd=tmp_path, start_new_session=True,
+    )
     try:
         deadline = time.time() + 60
         while len(workers(tmp_path)) < 3 and time.time() < deadline:

@@ -42,7 +42,9 @@ def one_of_each_kind(path: Path) -> None:
         for name in names:
             del phases[name]
     first["bes_3"]["start"], second["bes_2"]["start"] = "round1/bes_1", "round2/bes_0"
-    for phase, cycles, weights in ((first["phalanx_v4"], 1, [0]), (second["phalanx_v3"], 1, [0]), (third["phalanx_v5_pre"], 1, "last"), (third["phalanx_v5"], 3, [1, 2])):
+    for phase, cycles, weights in (
+        (first["phalanx_v4"], 1, [0]), (second["phalanx_v3"], 1, [0]), (third["phalanx_v5_pre"], 1, "last"), (third["phalanx_v5"], 3, [1, 2]),
+    ):
         phase |= {"schedule": phase["schedule"] | {"cycles": cycles}, "weights": weights}
     for name, members in (("round1", {"bes_3": 1}), ("round2", {"bes_2": 3}), ("round3", {"round2/bes_2": 3})):
         recipe["rounds"][name]["ensemble"]["bes"]["members"] = members
@@ -71,8 +73,14 @@ def check_run(project: Path, name: str) -> None:
         assert labels["confidence"].between(0, 1).all()
 
 
-BES = {"model": "bes_resnext50", "optimizer": {"name": "rmsprop", "rho": 0.9, "eps": 1e-7, "weight_decay": 0}, "draws": 2, "batch_norm_momentum": 0.01, "augment": "bes", "black_tiles": "nowhere", "dropout": 0.2}
-PHALANX = {"optimizer": {"name": "sgd", "momentum": 0.9, "weight_decay": 1e-4}, "draws": None, "batch_norm_momentum": None, "augment": "phalanx", "black_tiles": "everywhere"}
+BES = {
+    "model": "bes_resnext50", "optimizer": {"name": "rmsprop", "rho": 0.9, "eps": 1e-7, "weight_decay": 0}, "draws": 2, "batch_norm_momentum": 0.01,
+    "augment": "bes", "black_tiles": "nowhere", "dropout": 0.2,
+}
+PHALANX = {
+    "optimizer": {"name": "sgd", "momentum": 0.9, "weight_decay": 1e-4}, "draws": None, "batch_norm_momentum": None, "augment": "phalanx",
+    "black_tiles": "everywhere",
+}
 
 
 def plateau(factor, patience, floor, stop):
@@ -96,10 +104,24 @@ TABLE = {
     "round2/bes_0": ("imagenet", 40, 1e-4, "bce_dice", 28, BES | cosine(1, 0, "last") | labels(0.9) | {"data": "pseudo", "shared": True}),
     "round2/bes_1": ("round2/bes_0", 40, 5e-5, "lovasz_elu", 28, BES | cosine(1, 0, "last") | labels(0.9) | {"data": "pseudo", "shared": True}),
     "round2/bes_2": ("round2/bes_1", 125, 5e-5, "lovasz_elu", 28, BES | plateau(0.5, 8, 1.25e-5, 15) | {"data": "train", "shared": False}),
-    **{f"round2/bes_{k}": (f"round2/bes_{k - 1}", epochs, 5e-5, "lovasz_elu", 28, BES | cosine(1, 0, "last") | {"data": "train"}) for k, epochs in ((3, 20), (4, 20), (5, 25))},
-    "round2/phalanx_v3": ("imagenet", 50, 0.012, "three_output", 18, PHALANX | cosine(4, 0.001, [0, 1, 2, 3]) | labels(0.97, deal=True) | {"model": "phalanx_v3", "data": "train+pseudo", "dropout": 0.4}),
-    "round3/phalanx_v5_pre": ("imagenet", 50, 0.01, "lovasz_relu", 64, PHALANX | cosine(3, 0.001, "last") | labels(0, black=True) | {"model": "phalanx_v5", "data": "pseudo", "shared": True, "dropout": 0}),
-    "round3/phalanx_v5": ("round3/phalanx_v5_pre", 50, 0.01, "lovasz_relu", 64, PHALANX | cosine(4, 0.001, [0, 1, 2, 3]) | {"model": "phalanx_v5", "data": "train", "shared": False, "fold_snapshots": {"3": [0, 1, 2], "4": [0, 1, 2]}}),
+    **{
+        f"round2/bes_{k}": (f"round2/bes_{k - 1}", epochs, 5e-5, "lovasz_elu", 28, BES | cosine(1, 0, "last") | {"data": "train"})
+        for k, epochs in ((3, 20), (4, 20), (5, 25))
+    },
+    "round2/phalanx_v3": (
+        "imagenet", 50, 0.012, "three_output", 18,
+        PHALANX | cosine(4, 0.001, [0, 1, 2, 3]) | labels(0.97, deal=True) | {"model": "phalanx_v3", "data": "train+pseudo", "dropout": 0.4},
+    ),
+    "round3/phalanx_v5_pre": (
+        "imagenet", 50, 0.01, "lovasz_relu", 64,
+        PHALANX | cosine(3, 0.001, "last") | labels(0, black=True) | {"model": "phalanx_v5", "data": "pseudo", "shared": True, "dropout": 0},
+    ),
+    "round3/phalanx_v5": (
+        "round3/phalanx_v5_pre", 50, 0.01, "lovasz_relu", 64,
+        PHALANX | cosine(4, 0.001, [0, 1, 2, 3]) | {
+            "model": "phalanx_v5", "data": "train", "shared": False, "fold_snapshots": {"3": [0, 1, 2], "4": [0, 1, 2]},
+        },
+    ),
 }
 
 
@@ -111,10 +133,16 @@ def test_the_recipe_is_the_published_table():
         row = {"start": start, "epochs": epochs, "lr": lr, "loss": loss, "batch_size": batch_size} | more
         assert {key: phases[name][key] for key in row} == row, name
     bes = {"bes_2": 3, "bes_3": 1, "bes_4": 1, "bes_5": 1}
-    groups = {"round1": (dict.fromkeys(bes, 1), "phalanx_v4"), "round2": (bes, "phalanx_v3"), "round3": ({f"round2/{k}": v for k, v in bes.items()}, "phalanx_v5")}
+    groups = {
+        "round1": (dict.fromkeys(bes, 1), "phalanx_v4"), "round2": (bes, "phalanx_v3"),
+        "round3": ({f"round2/{k}": v for k, v in bes.items()}, "phalanx_v5")
+    }
     for name, (own, phalanx) in groups.items():
         assert recipe["rounds"][name]["ensemble"] == {"bes": {"members": own, "stretch": False}, "phalanx": {"members": {phalanx: 1}, "stretch": True}}
-    assert recipe["folds"]["n"] == 5 and recipe["folds"]["use"] == [0, 1, 2, 3, 4] and recipe["folds"]["by"] == "depth" and recipe["postprocess"] == ["published"]
+    assert (
+        recipe["folds"]["n"] == 5 and recipe["folds"]["use"] == [0, 1, 2, 3, 4] and recipe["folds"]["by"] == "depth"
+        and recipe["postprocess"] == ["published"]
+    )
 
 
 FEW = dict(n_sections=1, height_tiles=2, train_share=0.5, black_share=0)  # half of the tiles with masks

@@ -26,7 +26,10 @@ def on_small_disk(folder, size: str, script: str) -> str:
         def grow(): subprocess.run(["mount", "-o", "remount,size=256m", folder], check=True)
         def lock(): subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
     """
-    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", SETUP, "sh", size, folder, sys.executable, "-c", textwrap.dedent(preamble) + textwrap.dedent(script)]
+    command = [
+        "unshare", "--map-root-user", "--mount", "sh", "-c", SETUP, "sh", size, folder, sys.executable, "-c",
+        textwrap.dedent(preamble) + textwrap.dedent(script),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -78,7 +81,10 @@ def test_an_executed_notebook(tmp_path):
                 status = cli.main(["step", "prepare", "--recipe-file", "outputs/none/recipe.yaml"])
             return status, said.getvalue()
         import nbformat, papermill
-        note = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}, cells=[nbformat.v4.new_code_cell("a = 1", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("'b' * 40_000")])
+        note = nbformat.v4.new_notebook(
+            metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+            cells=[nbformat.v4.new_code_cell("a = 1", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("'b' * 40_000")],
+        )
         cli.run_step = lambda *_: cli.execute_notebook(source, folder / "out.ipynb", {"a": 1}, "prepare")
         source = folder.parent / "in.ipynb"
         nbformat.write(note, source)
@@ -132,7 +138,8 @@ def test_read_only_outputs_are_refused_at_once(tmp_path):
         for command in (["run", "demo"], ["mosaic", "--data", "data", "--out", "outputs/mosaics"]):
             with contextlib.redirect_stderr(io.StringIO()) as said:
                 assert cli.main(command) == 1
-            assert said.getvalue().startswith(f"salt {command[0]}: outputs") and "Read-only file system" in said.getvalue() and said.getvalue().count("\\n") == 1, said.getvalue()
+            line = said.getvalue()
+            assert line.startswith(f"salt {command[0]}: outputs") and "Read-only file system" in line and line.count("\\n") == 1, line
         print("refused")
     """) == "refused\n"
 

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from saltlib.losses import LOSSES, MARGINS, bce_dice, lovasz_hinge, three_output_loss
 
-pixels = st.integers(1, 12).flatmap(lambda n: st.tuples(st.lists(st.floats(-5, 5, width=32), min_size=n, max_size=n), st.lists(st.booleans(), min_size=n, max_size=n)))
+pixels = st.integers(1, 12).flatmap(
+    lambda n: st.tuples(st.lists(st.floats(-5, 5, width=32), min_size=n, max_size=n), st.lists(st.booleans(), min_size=n, max_size=n))
+)
 
 
 def choquet(logits, mask):
@@ -69,7 +71,9 @@ def test_a_batch_is_the_mean_of_its_tiles(margin, skip_empty):
 def test_gradients_by_finite_differences(name, kind):
     torch.manual_seed(2)
     logits = torch.randn(2, 1, 3, 4, dtype=torch.float64, requires_grad=True)
-    masks = {"hard": (torch.rand(2, 1, 3, 4) > 0.5), "soft": torch.rand(2, 1, 3, 4), "empty": torch.zeros(2, 1, 3, 4), "full": torch.ones(2, 1, 3, 4)}[kind].double()
+    masks = {
+        "hard": (torch.rand(2, 1, 3, 4) > 0.5), "soft": torch.rand(2, 1, 3, 4), "empty": torch.zeros(2, 1, 3, 4), "full": torch.ones(2, 1, 3, 4),
+    }[kind].double()
     if name == "three_output":
         image = torch.tensor([0.3, 0.8], dtype=torch.float64, requires_grad=True)
         pixel = torch.randn_like(logits).requires_grad_()

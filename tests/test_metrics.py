@@ -7,7 +7,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from saltlib.core import SaltError
-from saltlib.metrics import bootstrap_interval, boundary_error, calibration_curve, calibration_error, count_bodies, coverage_class, error_table, mean_ap, precision_at_iou, scores_by_class, threshold_curve, tile_iou
+from saltlib.metrics import (
+    bootstrap_interval, boundary_error, calibration_curve, calibration_error, count_bodies, coverage_class, error_table, mean_ap, precision_at_iou,
+    scores_by_class, threshold_curve, tile_iou,
+)
 
 SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9))
 PAIRS = SHAPES.flatmap(lambda shape: st.tuples(arrays(bool, shape), arrays(bool, shape)))

@@ -44,7 +44,9 @@ def noisy(images, deviation):
     return (images + np.random.default_rng(1).normal(0, deviation, images.shape)).clip(0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("method, noise, least_found", [("published", 0, 0.7), ("default", 0, 0.8), ("published", 5, 0.1), ("default", 5, 0.3), ("default", 15, 0.3)])
+@pytest.mark.parametrize(
+    "method, noise, least_found", [("published", 0, 0.7), ("default", 0, 0.8), ("published", 5, 0.1), ("default", 5, 0.3), ("default", 15, 0.3)],
+)
 def test_neighbours_of_synthetic_sections(sections, method, noise, least_found):
     ids, images, truth = sections
     found = named(find_neighbors(noisy(images, noise) if noise else images, method), ids)
@@ -87,7 +89,10 @@ def test_pairs_are_consistent_and_grids_hold_each_tile_once(sections, neighbors)
     grids = assemble(neighbors, len(ids))
     tiles = np.concatenate([grid[grid >= 0] for grid in grids])
     assert len(tiles) == len(set(tiles)) and min((grid >= 0).sum() for grid in grids) >= 2
-    met = {(a, b, d) for grid in grids for d, first, second in (("right", grid[:, :-1], grid[:, 1:]), ("down", grid[:-1], grid[1:])) for a, b in zip(first.flat, second.flat) if min(a, b) >= 0}
+    met = {
+        (a, b, d) for grid in grids for d, first, second in (("right", grid[:, :-1], grid[:, 1:]), ("down", grid[:-1], grid[1:]))
+        for a, b in zip(first.flat, second.flat) if min(a, b) >= 0
+    }
     assert met == set(neighbors[PAIR].itertuples(index=False, name=None))
 
 

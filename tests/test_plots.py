@@ -45,7 +45,9 @@ def texts(figure) -> str:
 
 def history(epochs: int) -> pd.DataFrame:
     rows = np.arange(epochs)
-    return pd.DataFrame({"epoch": rows, "train_loss": 1 / (rows + 1), "valid_loss": 1.1 / (rows + 1), "mAP": rows / 100, "lr": 1e-3, "tiles_per_second": 30.0, "seconds": 60.0})
+    return pd.DataFrame(
+        {"epoch": rows, "train_loss": 1 / (rows + 1), "valid_loss": 1.1 / (rows + 1), "mAP": rows / 100, "lr": 1e-3, "tiles_per_second": 30.0, "seconds": 60.0}
+    )
 
 
 def test_grid_of_12_tiles_stays_small(tiles):
@@ -176,7 +178,10 @@ def test_scores_by_class_match_by_class_not_by_order(tiles):
     png(plots.plot_scores_by_class(full.assign(tiles=0, mAP=np.nan)))
 
 
-@pytest.mark.parametrize("confidence, title", [(np.array([0.5, 0.9, 0.95, 1.0]), "3 of 4 tiles"), (np.ones(3), "3 of 3 tiles"), (np.zeros(2), "0 of 2 tiles"), (np.array([]), "0 of 0 tiles")])
+@pytest.mark.parametrize(
+    "confidence, title",
+    [(np.array([0.5, 0.9, 0.95, 1.0]), "3 of 4 tiles"), (np.ones(3), "3 of 3 tiles"), (np.zeros(2), "0 of 2 tiles"), (np.array([]), "0 of 0 tiles")],
+)
 def test_confidence_counts_the_threshold_itself(confidence, title):
     figure = plots.plot_confidence(confidence, 0.9)
     png(figure)
@@ -190,7 +195,13 @@ def test_each_threshold_of_the_next_round_is_drawn_and_none_after_the_last():
     assert "how sure 4 tiles are" in texts(none) and len(none.axes[0].patches) == 0
 
 
-@pytest.mark.parametrize("coverages, title", [(np.array([0, 0, 0.5]), "2 of 3 tiles hold no salt, the others 50 %"), (np.zeros(4), "4 of 4 tiles hold no salt"), (np.array([0.01, 1.0]), "0 of 2 tiles"), (np.array([]), "0 of 0 tiles")])
+@pytest.mark.parametrize(
+    "coverages, title",
+    [
+        (np.array([0, 0, 0.5]), "2 of 3 tiles hold no salt, the others 50 %"), (np.zeros(4), "4 of 4 tiles hold no salt"),
+        (np.array([0.01, 1.0]), "0 of 2 tiles"), (np.array([]), "0 of 0 tiles"),
+    ],
+)
 def test_coverage_counts_every_tile(coverages, title):
     figure = plots.plot_coverage(coverages)
     png(figure)

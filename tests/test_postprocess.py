@@ -134,7 +134,10 @@ def test_effects_count_the_folds_that_were_run_alone(tmp_path):
         pairs = {id: (masks[ids == id][0], masks[ids == id][0][::-1]) for id in given if run[ids == id][0]}
         change = [(precision_at_iou(given[id][None], true[None]) - precision_at_iou(seen[None], true[None]))[0] for id, (true, seen) in pairs.items()]
         row = effects.loc[rule]
-        assert row["in use"] == (rule == "continued") and row["tiles"] == run.sum() and row["changed"] == sum((given[id] != seen).any() for id, (_, seen) in pairs.items()) > 0
+        assert (
+            row["in use"] == (rule == "continued") and row["tiles"] == run.sum()
+            and row["changed"] == sum((given[id] != seen).any() for id, (_, seen) in pairs.items()) > 0
+        )
         assert (row["better"], row["worse"]) == (sum(c > 0 for c in change), sum(c < 0 for c in change))
         assert np.isclose(row["change of mAP"], sum(change) / run.sum()) and row["low"] <= row["change of mAP"] <= row["high"]
         assert len(given) > len(pairs), "a tile of fold 1 has to be among those that the rule speaks of"

@@ -66,7 +66,10 @@ def phalanx_file(path, variant="res34v5", change=lambda tensors: None):
 
 
 def test_batch_counters_of_later_torch_are_read(path):
-    phalanx_file(path, change=lambda tensors: tensors.update({name: torch.tensor(7) for name in ("conv1.1.num_batches_tracked", "resnet.bn1.num_batches_tracked")}))
+    phalanx_file(
+        path,
+        change=lambda tensors: tensors.update({name: torch.tensor(7) for name in ("conv1.1.num_batches_tracked", "resnet.bn1.num_batches_tracked")})
+    )
     assert load_published(path, "phalanx_v5").trunk.stem[1].num_batches_tracked == 7
 
 
@@ -142,14 +145,22 @@ def link_out(file, link):
 
 @pytest.mark.parametrize("change, message", [
     (lambda file: file["stage2_unit1_conv2_31"].attrs.update(weight_names=np.array([], dtype="S")), "1 missing: stage2_unit1_conv2_31/kernel:0"),
-    (lambda file: file["conv0"].attrs.update(weight_names=np.array([b"conv0/kernel:0", file["conv0"].create_dataset("conv0/bias:0", 64, "f4").name.removeprefix("/conv0/").encode()])), "1 unknown: conv0/bias:0"),
+    (
+        lambda file: file["conv0"].attrs.update(
+            weight_names=np.array([b"conv0/kernel:0", file["conv0"].create_dataset("conv0/bias:0", 64, "f4").name.removeprefix("/conv0/").encode()])
+        ),
+        "1 unknown: conv0/bias:0",
+    ),
     (lambda file: reshape(file, "prediction/prediction/kernel:0", (1, 1, 8, 2)), "1 of another shape: prediction/kernel:0"),
     (lambda file: reshape(file, "conv0/conv0/kernel:0", (10**6, 10**6, 10**6, 64)), "1 of another shape: conv0/kernel:0"),  # would be 10**20 bytes
     (lambda file: file["conv0"].attrs.update(weight_names=np.array([b"conv0/nothing:0"])), "not a whole Keras weights file"),
     (lambda file: file["conv0"].attrs.update(weight_names=np.array([b"conv0"])), "does not hold numbers"),
     (lambda file: file.attrs.update(layer_names=["conv0"]), "layer_names is no list of names of fixed length"),
     (lambda file: file.attrs.pop("layer_names"), "not a whole Keras weights file"),
-    (lambda file: file.update({"conv1": h5py.ExternalLink("/etc/passwd", "/")}) or file.attrs.update(layer_names=np.array([b"conv1"])), "not a whole Keras weights file"),
+    (
+        lambda file: file.update({"conv1": h5py.ExternalLink("/etc/passwd", "/")}) or file.attrs.update(layer_names=np.array([b"conv1"])),
+        "not a whole Keras weights file",
+    ),
     (lambda file: link_out(file, h5py.ExternalLink("elsewhere.hdf5", "kernel")), "not a whole Keras weights file"),
     (lambda file: reshape(file, "conv0/conv0/kernel:0", (7, 7, 3, 64), external="/etc/passwd"), "does not hold its numbers in this file"),
     (lambda file: reshape(file, "conv0/conv0/kernel:0", (7, 7, 3, 64), maxshape=(None,) * 4, chunks=(700, 700, 300, 64)), "or in larger pieces than itself"),

@@ -166,8 +166,11 @@ def test_executed_train_notebook_tells_the_whole_training(finished):
         text += output.get("text", "") + "".join(v for k, v in output.get("data", {}).items() if k.startswith("text"))
         pictures += "image/png" in output.get("data", {})
     record = read_record(folder)
-    for said in ("compact from demo/round1/compact/fold1", "seed", record["commit"] or "not in git", record["versions"]["torch"], f"mAP {record['metrics']['mAP']:.4f}",
-                 "false alarms (share)", "missed bodies (share)", "boundary error (pixels)", "90 to 100 %", "tiles/s while learning", "GiB"):
+    for said in (
+        "compact from demo/round1/compact/fold1", "seed", record["commit"] or "not in git", record["versions"]["torch"],
+        f"mAP {record['metrics']['mAP']:.4f}", "false alarms (share)", "missed bodies (share)", "boundary error (pixels)", "90 to 100 %",
+        "tiles/s while learning", "GiB",
+    ):
         assert said in text, said
     assert pictures == 5 and record["metrics"]["memory_gib"] > 0.1  # curves, classes, thresholds, best and median, worst
     assert "%|" not in text and "Warning" not in text
@@ -279,7 +282,9 @@ def test_a_copy_with_any_dates_is_not_made_again(finished, tmp_path):
     for age, step in enumerate(steps):  # each newer than those that read it
         os.utime(step_folder(read_recipe(project / "outputs/demo/recipe.yaml"), step, project / "outputs") / "record.json", (1e9 - age, 1e9 - age))
     for step in steps:  # as if Snakemake had been killed while they were at work, and they had come to their end
-        marker = base64.urlsafe_b64encode(f"{step_folder(read_recipe(project / 'outputs/demo/recipe.yaml'), step, Path('.')).relative_to('demo')}/record.json".encode()).decode()
+        marker = base64.urlsafe_b64encode(
+            f"{step_folder(read_recipe(project / 'outputs/demo/recipe.yaml'), step, Path('.')).relative_to('demo')}/record.json".encode()
+        ).decode()
         (project / "outputs/demo/.snakemake/incomplete").mkdir(parents=True, exist_ok=True)
         (project / "outputs/demo/.snakemake/incomplete" / marker).touch()
     shutil.rmtree(project / "outputs/demo/report")
@@ -303,7 +308,9 @@ rounds:
     (project / "grows.yaml").write_text(text)
     salt(project, "run", "grows.yaml")
     before, first = records(project, "grows"), (project / "outputs/grows/submission.csv").read_bytes()
-    (project / "grows.yaml").write_text(text + "  round2: {phases: {two: {model: compact, start: round1/one, epochs: 1, batch_size: 8, lr: 1e-3, loss: lovasz_elu}}, ensemble: {two: 1}}\n")
+    (project / "grows.yaml").write_text(
+        text + "  round2: {phases: {two: {model: compact, start: round1/one, epochs: 1, batch_size: 8, lr: 1e-3, loss: lovasz_elu}}, ensemble: {two: 1}}\n"
+    )
     assert "outputs/grows/report was made with other settings" in salt(project, "run", "grows.yaml", check=False).stderr
     shutil.rmtree(project / "outputs/grows/report")
     assert "all 8 steps are done" in salt(project, "run", "grows.yaml").stdout
@@ -384,7 +391,10 @@ def test_a_damaged_run_hides_no_other(tmp_path):
         (tmp_path / "outputs" / name).mkdir(parents=True)
         (tmp_path / "outputs" / name / "recipe.yaml").write_text(text)
     lines = salt(tmp_path, "status").stdout.splitlines()
-    assert "outputs: 2" in lines[0] and any("mine" in line and "0 of 12 steps done" in line for line in lines) and any("could not be read as YAML" in line for line in lines)
+    assert (
+        "outputs: 2" in lines[0] and any("mine" in line and "0 of 12 steps done" in line for line in lines)
+        and any("could not be read as YAML" in line for line in lines)
+    )
 
 
 def test_damaged_result_is_refused_where_it_is_read(finished, tmp_path):
@@ -495,13 +505,16 @@ def test_a_step_has_its_threads_and_a_place_on_a_gpu(tmp_path, monkeypatch):
 def test_trainings_alone_end_with_the_round_before_predictions(tmp_path, monkeypatch):
     "Also where a phase of the next round needs none."
     monkeypatch.chdir(make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=4))
-    recipe = running.load_recipe("demo", None, ["rounds.round2.phases.more={model: compact, start: round1/compact, epochs: 1, batch_size: 8, lr: 1e-3, loss: bce_dice}"])
+    recipe = running.load_recipe(
+        "demo", None, ["rounds.round2.phases.more={model: compact, start: round1/compact, epochs: 1, batch_size: 8, lr: 1e-3, loss: bce_dice}"],
+    )
     commands = []
     monkeypatch.setattr(running, "watch", lambda command, *_: commands.append(command))
     running.run_recipe(recipe, until="train", quiet=True)
     shown = subprocess.run([*commands[0], "--dry-run", "--printshellcmds"], capture_output=True, text=True).stdout
     asked = re.findall(r"step --recipe-file \S+ (\w+)(?: --round (\w+))?", shown)
-    assert sorted(asked) == [("prepare", ""), ("train", "round1"), ("train", "round1")] and [*map(str, running.steps_until(recipe, "train"))][1:] == [f"train round1 compact fold {k}" for k in (0, 1)], shown
+    assert sorted(asked) == [("prepare", ""), ("train", "round1"), ("train", "round1")], shown
+    assert [*map(str, running.steps_until(recipe, "train"))][1:] == [f"train round1 compact fold {k}" for k in (0, 1)]
 
 
 def test_outputs_on_another_disk_long_names_of_temporary_folders_and_no_home(tmp_path):
@@ -555,7 +568,10 @@ def test_a_training_needs_only_the_pseudo_labels_of_the_round_before(finished, t
     run = tmp_path / "outputs/demo"
     (tmp_path / "data").symlink_to(finished[0] / "data")
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(finished[0] / "outputs/demo", run, ignore=shutil.ignore_patterns("predictions.zarr", "out_of_fold.csv", "submission.csv", "ends.json", "round2", "report"))
+    shutil.copytree(
+        finished[0] / "outputs/demo", run,
+        ignore=shutil.ignore_patterns("predictions.zarr", "out_of_fold.csv", "submission.csv", "ends.json", "round2", "report"),
+    )
     learned = read_record(finished[0] / "outputs/demo/round2/compact/fold0/train")["metrics"]["tiles"]
     assert len(training_tiles(open_step("train", run / "recipe.yaml", "round2", "compact", 0))[0]) == learned
     thrice = read_recipe(run / "recipe.yaml", ["rounds.round2.phases.compact.repeat_train=3"])
@@ -571,7 +587,10 @@ def test_a_training_needs_only_the_pseudo_labels_of_the_round_before(finished, t
 def test_one_training_predicts_at_two_sizes_then_at_one(tmp_path):
     project = make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=8)
     phase = "model: lite2_at_96, start: scratch, epochs: 1, batch_size: 8, lr: 1e-3, loss: bce_dice"
-    ask = lambda sizes: ["run", "compact", "--data", "data/demo", "--set", f"rounds.round1.phases={{only: {{{phase}, predict_as: [{sizes}]}}}}", "--set", "rounds.round1.ensemble={only: 1}", "--until", "round1"]
+    ask = lambda sizes: [
+        "run", "compact", "--data", "data/demo", "--set", f"rounds.round1.phases={{only: {{{phase}, predict_as: [{sizes}]}}}}", "--set",
+        "rounds.round1.ensemble={only: 1}", "--until", "round1",
+    ]
     salt(project, *ask("lite2_at_96, lite2_at_128"))
     fold, before = project / "outputs/compact/round1/only/fold0", records(project, "compact")
     tiles, (network,) = load_tiles(project / "data/demo", "test"), load_networks("lite2_at_96", [fold / "train/weights/last.safetensors"])
@@ -594,7 +613,10 @@ def test_trainings_that_can_be_at_work_together_share_the_cores(tmp_path, name, 
     project = make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=4)
     recipe = read_recipe(ROOT / f"nbs/runs/recipes/{name}.yaml", ["data=data/demo"])
     folder = write_recipe(recipe, project / "outputs").parent
-    command = [sys.executable, "-m", "snakemake", "--dry-run", "--printshellcmds", "--snakefile", ROOT / "nbs/runs/Snakefile", "--directory", folder, "--cores", "3", "--config", "gpu=0", "cores=3", "per_gpu=1", f"project={json.dumps([str(ROOT)])}"]
+    command = [
+        sys.executable, "-m", "snakemake", "--dry-run", "--printshellcmds", "--snakefile", ROOT / "nbs/runs/Snakefile", "--directory", folder,
+        "--cores", "3", "--config", "gpu=0", "cores=3", "per_gpu=1", f"project={json.dumps([str(ROOT)])}",
+    ]
     shown = subprocess.run(command, capture_output=True, text=True).stdout
     given = dict(re.findall(r"step .* train --round round1 --phase (\w+) --fold 0 --threads (\d)", shown))
     assert set(given) == set(recipe.rounds["round1"].phases) and set(given.values()) == threads, shown

@@ -94,7 +94,10 @@ def drift(root) -> list[str]:
     expect(docker.endswith('ENTRYPOINT ["salt"]\nCMD ["--help"]\n'), "Dockerfile: does not start salt")
 
     make = (root / "Makefile").read_text()
-    expect("pip sync --quiet --compile-bytecode --python .venv --require-hashes requirements.lock\n" in make, "Makefile: not from the lock, with hashes, and compiled")
+    expect(
+        "pip sync --quiet --compile-bytecode --python .venv --require-hashes requirements.lock\n" in make,
+        "Makefile: not from the lock, with hashes, and compiled",
+    )
     expect(not re.search(r"[a-z]==\d", make), "Makefile: names versions of its own")
     expect(f"--python-version {python} " in make, "Makefile: locks for another Python than settings.ini")
     for name, text in {"Dockerfile": docker, "Makefile": make}.items():
@@ -199,11 +202,17 @@ def test_a_wheel_brings_the_run_notebooks_and_works_anywhere(tmp_path):
     built = run(BIN / "uv", "build", "--quiet", "--wheel", "--no-build-isolation", "--python", sys.executable, "--out-dir", tmp_path, ".", cwd=ROOT)
     assert built.returncode == 0, built.stderr
     shutil.unpack_archive(next(tmp_path.glob("*.whl")), tmp_path / "site", "zip")
-    ours, theirs = ({str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[0] != "."} for folder in (ROOT / "nbs/runs", tmp_path / "site/saltlib/runs"))
+    ours, theirs = (
+        {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[0] != "."}
+        for folder in (ROOT / "nbs/runs", tmp_path / "site/saltlib/runs")
+    )
     assert ours == theirs and len(ours) > 8
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    done = run(sys.executable, "-c", "import sys; from saltlib.cli import main; sys.exit(main())", "run", "demo", "--dry-run", cwd=elsewhere, PYTHONPATH=str(tmp_path / "site"))
+    done = run(
+        sys.executable, "-c", "import sys; from saltlib.cli import main; sys.exit(main())", "run", "demo", "--dry-run", cwd=elsewhere,
+        PYTHONPATH=str(tmp_path / "site"),
+    )
     assert "12 of 12 steps would run" in done.stdout, done.stderr
 
 

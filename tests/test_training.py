@@ -29,7 +29,10 @@ def test_weights_that_an_epochs_last_step_spoils_are_not_kept(tiles, tmp_path, m
         return (0 * output.mean()).sqrt() if sum(batches) == 4 and batches[-1] else loss(output, target)
 
     monkeypatch.setitem(LOSSES, "bce_dice", spoil)
-    settings = dict(model="compact", start="scratch", loss="bce_dice", augment="none", epochs=2, batch_size=4, lr=1e-4, seed=1, optimizer={"name": "sgd", "momentum": 0.5, "weight_decay": 0.0}, device="cpu")
+    settings = dict(
+        model="compact", start="scratch", loss="bce_dice", augment="none", epochs=2, batch_size=4, lr=1e-4, seed=1,
+        optimizer={"name": "sgd", "momentum": 0.5, "weight_decay": 0.0}, device="cpu",
+    )
     with pytest.raises(SaltError, match="validation loss of epoch 1 became nan"):
         fit_phase(tiles[:8], tiles[8:], tmp_path, **settings)
     state = read_torch(tmp_path / "checkpoint.pt")
@@ -48,8 +51,11 @@ def test_published_settings_reach_optimizer_and_network(tiles, tmp_path, monkeyp
         seen.append((self.epoch, len(self.opt.state_dict()["state"]) > 0, norm.momentum, len(list(self.dls.train.batch_sampler))))
 
     monkeypatch.setattr(EpochRate, "before_epoch", look)
-    fit_phase(tiles[:4], tiles[4:6], tmp_path, model="compact", start="scratch", loss="bce_dice", augment="none", epochs=2, batch_size=2, lr=1e-3, seed=1, draws=3, batch_norm_momentum=0.01,
-              optimizer={"name": "sgd", "momentum": 0.9, "weight_decay": 1e-4}, schedule={"name": "cosine", "cycles": 2, "floor": 1e-4}, device="cpu")
+    fit_phase(
+        tiles[:4], tiles[4:6], tmp_path, model="compact", start="scratch", loss="bce_dice", augment="none", epochs=2, batch_size=2, lr=1e-3,
+        seed=1, draws=3, batch_norm_momentum=0.01, optimizer={"name": "sgd", "momentum": 0.9, "weight_decay": 1e-4},
+        schedule={"name": "cosine", "cycles": 2, "floor": 1e-4}, device="cpu",
+    )
     assert seen == [(0, False, 0.01, 6), (1, True, 0.01, 6), (2, False, 0.01, 6), (3, True, 0.01, 6)]
 
 
@@ -58,7 +64,10 @@ def test_a_network_of_three_outputs_is_right_by_its_first():
     salt = torch.zeros(2, 1, 4, 4)
     salt[0] = 1
     sampler, callback = SimpleNamespace(easy=np.array([False, False, True, True])), EasyTiles()
-    learner = SimpleNamespace(dls=SimpleNamespace(train=SimpleNamespace(batch_sampler=sampler)), training=True, pred=(2 * salt - 1, 1 - 2 * salt, None), yb=(salt, torch.tensor([2, 0])))
+    learner = SimpleNamespace(
+        dls=SimpleNamespace(train=SimpleNamespace(batch_sampler=sampler)), training=True, pred=(2 * salt - 1, 1 - 2 * salt, None),
+        yb=(salt, torch.tensor([2, 0])),
+    )
     callback.learn = learner
     callback.before_train()
     callback.after_batch()
