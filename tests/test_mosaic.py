@@ -173,12 +173,19 @@ def test_bad_tiles_are_refused_and_nothing_is_placed_blindly(sections, method):
     assert len(find_neighbors(np.repeat(images[:1], 5, axis=0), method)) == 0
 
 
-def test_the_published_rule_finds_the_published_pairs(tgs):
+@pytest.fixture
+def released(tgs) -> pd.DataFrame:
+    "Half of the winners' pairs of neighbours, which lie beside the tiles where this project was written."
+    if not (file := tgs.parent / "reference/adjacency_half.csv").is_file():
+        pytest.skip(f"needs the winners' pairs of neighbours: {file}")
+    return pd.read_csv(file, dtype=str)
+
+
+def test_the_published_rule_finds_the_published_pairs(tgs, released):
     ids, images = load_all(tgs)
     pairs = find_neighbors(images, "published")
     counts = pairs["direction"].value_counts()
     assert abs(counts["down"] - 3498) <= 3 and abs(counts["right"] - 2855) <= 3  # a direct NumPy version finds so many; processors round differently
-    released = pd.read_csv(tgs.parent / "reference" / "adjacency_half.csv", dtype=str)
     for direction, known in released.groupby("direction"):
         own = pairs[pairs["direction"] == direction]
         follower = dict(zip(ids[own["first"]], ids[own["second"]]))
@@ -187,15 +194,15 @@ def test_the_published_rule_finds_the_published_pairs(tgs):
         assert found >= 0.7 * len(known), (direction, found, len(known))
 
 
-def test_the_default_rule_reaches_further_and_contradicts_nothing(tgs):
+def test_the_default_rule_reaches_further_and_contradicts_nothing(tgs, released):
     ids, images = load_all(tgs)
     default, published = (find_neighbors(images, method) for method in ("default", "published"))
     found = named(default, ids)
-    released = set(pd.read_csv(tgs.parent / "reference" / "adjacency_half.csv", dtype=str)[PAIR].itertuples(index=False, name=None))
+    known = set(released[PAIR].itertuples(index=False, name=None))
     assert len(found) > 1.25 * len(published)
-    assert len(found & released) >= 0.978 * len(released)  # 0.9806 here; another CPU rounds otherwise
+    assert len(found & known) >= 0.978 * len(known)  # 0.9806 here; another CPU rounds otherwise
     follower = {(a, d): b for a, b, d in found}
-    assert [] == [(a, b, d) for a, b, d in released if follower.get((a, d), b) != b]
+    assert [] == [(a, b, d) for a, b, d in known if follower.get((a, d), b) != b]
     masks = load_tiles(tgs, "train").masks  # rows of the train tiles come first
     new = default.merge(published[PAIR], how="left", indicator=True).query("_merge == 'left_only'")
     disagreement, usual = edge_disagreement(new, masks), edge_disagreement(published, masks)
