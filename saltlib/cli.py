@@ -10,17 +10,17 @@ __all__ = ['console', 'print_states', 'list_runs', 'show_status', 'compare_runs'
 import argparse, json, os, re, signal, sys
 from pathlib import Path
 
-from .core import SaltError, gpu_works, project_root, read_json, refuse_used, runs_folder, visible_gpus, write_atomic
+from .core import SaltError, gpu_works, project_root, read_json, refuse_place, refuse_used, runs_folder, visible_gpus, write_atomic
 from .new_tiles import predict_folder
 from .recipes import read_recipe, read_run, recipe_folder, run_names
 from .running import SCORE_NOTE, execute_notebook, find_recipe, from_root, is_run, load_recipe, run_recipe, run_step, status_rows
 
 # %% ../nbs/20_cli.ipynb #b5f605ca
 def console():
-    "rich's, for tables. Not on a terminal, lines are not broken: they can be searched."
+    "rich's, for tables. Not on a terminal, a row is a line, however long: it can be searched."
     from rich.console import Console
 
-    return Console() if sys.stdout.isatty() else Console(width=200, soft_wrap=True)
+    return Console() if sys.stdout.isatty() else Console(width=10_000, soft_wrap=True)
 
 
 def print_states(
@@ -60,12 +60,13 @@ def show_status(
     name: str,  # a recipe, as in `find_recipe`
 ) -> bool:  # True if all steps are done
     "Print a table of the steps of a run, with the settings that it was last begun with."
-    recipe = read_recipe(path := find_recipe(name))
-    folder = path.absolute().parent if is_run(path) else recipe_folder(recipe, project_root() / "outputs")
-    os.chdir(project_root())
+    path, root = find_recipe(name).absolute(), project_root()
+    recipe = read_recipe(path)
+    folder = path.parent if is_run(path) else recipe_folder(recipe, root / "outputs")
     if (folder / "recipe.yaml").exists():
         recipe = read_run(folder)
-    rows = status_rows(recipe, Path("outputs"))
+    os.chdir(root)
+    rows = status_rows(recipe, folder.parent)
     print_states(rows, ("step", "status", "result or error"), f"{recipe.name}: {sum(row[1] == 'done' for row in rows)} of {len(rows)} steps done")
     return all(row[1] == "done" for row in rows)
 
@@ -81,8 +82,8 @@ def compare_runs(
 
     from saltlib.steps import compare_scores, different_settings, most_changed, open_runs, tile_scores
 
-    if out and (Path(out).suffix != ".ipynb" or not Path(out).resolve().parent.is_dir()):
-        raise SaltError(f"The comparison can't be written to {out}: name a notebook (.ipynb) in a folder that is there.")
+    if out:
+        refuse_place(out, "The comparison", ".ipynb")
     root = project_root()
     runs = open_runs(names, root / "outputs")
     scores = tile_scores(runs)
@@ -150,7 +151,7 @@ def predict_settings(
         )
     given |= {key: value for key in ("images", "models", "out") if (value := getattr(args, key))}
     if missing := sorted({"images", "models", "out"} - set(given)):
-        raise SaltError(f"salt predict needs {', '.join('--' + key for key in missing)}, as options or in a settings file.")
+        raise SaltError(f"{', '.join('--' + key for key in missing)} must be given, as options or in a settings file.")
     return given
 
 # %% ../nbs/20_cli.ipynb #4435aa9f
@@ -263,8 +264,9 @@ def main(
 ) -> int:  # exit status
     "The command `salt`: 0 when all went well, 1 when something is not as it should be, 130 after Ctrl-C."
     args = make_parser().parse_args(argv)
+    in_steps = args.command in ("demo", "run", "step")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded, here or in what is started
-    if args.command not in ("demo", "run", "step"):  # these pass it on to what they have started
+    if not in_steps:  # these pass it on to what they have started
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: nothing half done is left behind
     try:
         if args.command == "demo":
@@ -300,10 +302,8 @@ def main(
         elif args.command == "bench":
             from saltlib.bench import bench_table, run_bench
 
-            if args.json and (
-                (place := Path(args.json).resolve()).exists() and not place.is_file() or not place.parent.is_dir() or not os.access(place.parent, os.W_OK)
-            ):
-                raise SaltError(f"The figures can't be written to {args.json}: name a file in a folder that is there and may be written.")
+            if args.json:
+                refuse_place(args.json, "The figures")
             bench = run_bench(args.quick, args.scale, tell=lambda line: print(line, file=sys.stderr, flush=True))
             console().print(bench_table(bench))
             if args.json:
@@ -317,14 +317,12 @@ def main(
         sys.stdout = None
         return 1
     except OSError as error:
-        print(
-            f"salt {args.command}: {error.filename or 'a file'}: {error.strerror or error}. Mend that and give the same command again; "
-            "finished steps and epochs are kept.",
-            file=sys.stderr,
-        )
+        kept = "; finished steps and epochs are kept" * in_steps
+        problem = f"{error.filename or 'a file'}: {error.strerror or error}"
+        print(f"salt {args.command}: {problem}. Mend that and give the same command again{kept}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on from the last finished step and epoch" * (args.command in ("demo", "run", "step"))
+        goes_on = "; the same command goes on from the last finished step and epoch" * in_steps
         print(f"salt {args.command}: stopped{goes_on}.", file=sys.stderr)
         return 130
     return 0

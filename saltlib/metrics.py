@@ -119,7 +119,7 @@ def score(
 ) -> dict[str, float]:  # mAP, mAP_low, mAP_high
     "The mean over tiles with its 95 % interval. `SaltError` without tiles."
     low, high = bootstrap_interval(precision)
-    return {"mAP": float(np.nanmean(precision)), "mAP_low": float(low), "mAP_high": float(high)}
+    return {"mAP": float(np.nanmean(precision)), "mAP_low": low, "mAP_high": high}
 
 
 # %% ../nbs/04_metrics.ipynb #3e7df978

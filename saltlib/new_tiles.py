@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import SaltError, project_root, read_record
+from .core import SaltError, pick_device, project_root, read_record, refuse_place
 from .recipes import Step, find_run, full_name, read_run, step_folder
 
 # %% ../nbs/19_new_tiles.ipynb #c8d31c76
@@ -57,7 +57,7 @@ def read_run_ends(
     "Between which values the groups were stretched over the run's test tiles. `SaltError` if that ensemble is not done or damaged."
     from saltlib.ensemble import read_ends
 
-    if (record := read_record(folder, verify=True, part="ends.json")) is None or "ends.json" not in record["files"]:
+    if read_record(folder, verify=True, part="ends.json") is None:
         raise SaltError(f"{folder} does not say yet how the predictions of a group are stretched: finish the run first (salt run).")
     return [ends[None] for ends in read_ends(folder / "ends.json")]
 
@@ -132,10 +132,10 @@ def predict_folder(
     from saltlib.published import load_published
 
     out = Path(out)
-    if out.exists() and not out.is_file() or not out.parent.is_dir():
-        raise SaltError(f"The result can't be written to {out}: name a file in a folder that is there.")
+    refuse_place(out, "The result")
     if out.resolve().parent == Path(images).resolve():
         raise SaltError(f"The result can't be written to {out}, among the tiles, where nothing else may lie: name a file in another folder.")
+    pick_device(device)
     members = find_members(models)
     ids, tiles = load_images(images)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 from jupyter_client import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
+from threadpoolctl import threadpool_limits
 
 from .core import socket_folder
 
@@ -42,8 +43,10 @@ def become_kernel(
     os.environ.clear()
     os.environ.update(asked["environment"])
     os.chdir(asked["folder"])
-    if (threads := os.environ.get("OMP_NUM_THREADS", "")).isdigit() and "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(int(threads))  # it looked into the environment when it was loaded
+    if (threads := os.environ.get("OMP_NUM_THREADS", "")).isdigit():  # torch and BLAS looked into the environment when they were loaded
+        threadpool_limits(int(threads))
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(int(threads))
     connection.send(str(os.getpid()).encode())
     threading.Thread(target=end_with, args=[connection], daemon=True).start()
     sys.argv = ["ipykernel_launcher", *asked["arguments"]]
@@ -63,7 +66,7 @@ def tend(
     waiting, loaded = list(PRELOADED), library_files()
     while True:
         ready, *_ = select.select([listener, sys.stdin], [], [], 0 if waiting else None)
-        if sys.stdin in ready or (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+        if sys.stdin in ready or threading.active_count() > 1 or (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
             return
         if listener in ready:
             if library_files() != loaded:

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCORE_NOTE', 'FOLLOWS', 'check_parameters', 'say', 'LabelledLines', 'execute_notebook', 'hold', 'holder', 'hold_gpu',
-           'run_step', 'Progress', 'signal_all', 'interrupt_all', 'watch', 'find_recipe', 'is_run', 'from_root',
-           'load_recipe', 'outdated_steps', 'steps_until', 'count_tiles', 'training_passes', 'measured_rates',
-           'expected_cost', 'notebook_error', 'training_progress', 'status_rows', 'find_profile', 'report_page',
-           'clear_outdated', 'snakemake_command', 'give_cache', 'make_progress', 'print_outcome', 'run_recipe']
+           'run_step', 'Progress', 'signal_all', 'interrupt_all', 'watch', 'find_recipe', 'in_outputs', 'is_run',
+           'from_root', 'load_recipe', 'outdated_steps', 'outdated_lines', 'steps_until', 'count_tiles',
+           'training_passes', 'measured_rates', 'expected_cost', 'notebook_error', 'training_progress', 'status_rows',
+           'find_profile', 'report_page', 'clear_outdated', 'snakemake_command', 'give_cache', 'make_progress',
+           'print_outcome', 'run_recipe']
 
 # %% ../nbs/18_running.ipynb #e3e2b213
 import contextlib, csv, fcntl, io, json, os, re, shutil, signal, socket, subprocess, sys, tempfile, time
@@ -319,11 +320,18 @@ def find_recipe(
     )
 
 
+def in_outputs(
+    path: Path,  # of `find_recipe`
+) -> bool:
+    "Does it lie where the runs of this project do?"
+    return path.absolute().parent.parent.resolve() == (project_root() / "outputs").resolve()
+
+
 def is_run(
     path: Path,  # of `find_recipe`
 ) -> bool:
-    "Is it the recipe of a run in outputs?"
-    return path.name == "recipe.yaml" and path.absolute().parent.parent.resolve() == (project_root() / "outputs").resolve()
+    "Is it the recipe of a run, in outputs or, once it was begun, elsewhere?"
+    return path.name == "recipe.yaml" and (in_outputs(path) or (path.parent / "prepare").is_dir())
 
 
 def from_root(
@@ -340,8 +348,11 @@ def load_recipe(
     data: str | None,  # data folder instead of the recipe's
     changes: list[str],  # as given to --set
 ) -> Recipe:
-    "The recipe with its changes, its data folder seen from the project's top. `SaltError` for a run that was renamed or copied, whose records name another."
+    """The recipe with its changes, its data folder seen from the project's top. `SaltError` for a run that was renamed or copied, whose records
+    name another, or that lies elsewhere."""
     recipe = read_recipe(path := find_recipe(name), changes)
+    if is_run(path) and not in_outputs(path):
+        raise SaltError(f"{path.parent} is a run, but not in {project_root() / 'outputs'}, where runs are gone on with: move it there, or link it.")
     if is_run(path) and (begun := read_recipe(path).name) != path.absolute().parent.name:
         raise SaltError(f"{path.parent} was {begun} when its steps were made, and their records say so: rename it to {begun}, and run that.")
     if data is None and is_run(path):
@@ -370,6 +381,16 @@ def outdated_steps(
         ):
             outdated[step] = f"{changed[0]} is missing or no longer what the step '{step}' wrote, which is done again." if changed else ""
     return outdated
+
+
+def outdated_lines(
+    recipe: Recipe,
+    outdated: dict[Step, str],  # of `outdated_steps`, before `clear_outdated`
+    outputs: Path,
+) -> list[str]:  # lines of text
+    "Which results are damaged or gone, and how many finished trainings are done again because of that."
+    again = [step for step, lost in outdated.items() if step.kind == "train" and not lost and read_record(step_folder(recipe, step, outputs))]
+    return [*filter(None, outdated.values()), *([f"Finished trainings that learned from it, and are done again, too: {len(again)}."] if again else [])]
 
 
 FOLLOWS = {"prepare": "train", "train": "predict"}  # kind of step -> the kind that a run of it alone leaves out
@@ -671,7 +692,7 @@ def run_recipe(
         outdated = outdated_steps(recipe, outputs)
         steps = [step for step in outdated if step in wanted]
         cost = expected_cost(recipe, steps, outputs, use_gpu) if steps else ()
-        print(*filter(None, outdated.values()), *steps, f"{len(steps)} of {len(recipe_steps(recipe))} steps would run.", *cost, sep="\n")
+        print(*outdated_lines(recipe, outdated, outputs), *steps, f"{len(steps)} of {len(recipe_steps(recipe))} steps would run.", *cost, sep="\n")
         return
     if cluster and re.search(r"(?m)^executor: *slurm\b", (cluster / "config.yaml").read_text()) and not shutil.which("sbatch"):
         raise SaltError(f"--profile {profile} hands the steps to Slurm, but there is no command sbatch here: run it on a machine of the cluster.")
@@ -688,8 +709,8 @@ def run_recipe(
         steps = [step for step in outdated if step in wanted]
         if not quiet:
             print(
-                *filter(None, outdated.values()), f"{recipe.name}: {len(steps)} of {len(recipe_steps(recipe))} steps to run, results in {folder}/",
-                sep="\n", flush=True,
+                *outdated_lines(recipe, outdated, outputs),
+                f"{recipe.name}: {len(steps)} of {len(recipe_steps(recipe))} steps to run, results in {folder}/", sep="\n", flush=True,
             )
         clear_outdated(recipe, outdated, outputs)
         if steps or not (until or report_page(recipe, outputs).exists()):
