@@ -296,11 +296,11 @@ def learned_pairs(
     none = np.full(len(tiles), -1, np.float32)
     flat_rival = best_rivals(pairs, flat, none, none)
     measures = {
-        "sharp": distance(pairs.similarity), "sharp_margin": margin(
-            pairs.similarity, np.maximum(best_rivals(pairs, pairs.similarity, pairs.rest_first, pairs.rest_second), RIVAL),
-        ),
-        # without a close rival: nothing to be ahead of
-        "flat": distance(flat), "flat_margin": margin(flat, np.where(flat_rival > -1, flat_rival, flat)), "line": distance(line),
+        "sharp": distance(pairs.similarity),
+        "sharp_margin": margin(pairs.similarity, np.maximum(best_rivals(pairs, pairs.similarity, pairs.rest_first, pairs.rest_second), RIVAL)),
+        "flat": distance(flat),
+        "flat_margin": margin(flat, np.where(flat_rival > -1, flat_rival, flat)),  # without a close rival: nothing to be ahead of
+        "line": distance(line),
     }
     evidence = np.maximum(OFFSET - unclear / 2 + sum(weight * measures[name] for name, weight in WEIGHTS.items()), FLOOR)
     table = pd.DataFrame({"first": pairs.first, "second": pairs.second, "evidence": evidence})

@@ -201,6 +201,11 @@ def test_batches_depend_on_seed_and_epoch_alone(tiles):
     assert not same(workers[0], workers[1]) and not same(plain[0], batches(tiles, 0, [0], seed=8)[0])
 
 
+def test_trainings_of_other_seeds_augment_otherwise(tiles):
+    views = {TileDataset(*tiles, AUGMENTATIONS["wide"](), seed)[0, 0, 0][0].tobytes() for seed in range(9)}
+    assert len(views) > 4
+
+
 def test_a_tile_is_augmented_anew_in_each_epoch(tiles):
     "Also with workers, where albumentations alone repeats itself, and when it is drawn twice in an epoch."
     data = TileDataset(*tiles, AUGMENTATIONS["bes"](), seed=0)

@@ -24,7 +24,7 @@ from conftest import ROOT
 from test_clusters import SINGLE
 from test_runs import SALT, workers
 
-from saltlib.running import execute_notebook, hold, outdated_steps
+from saltlib.running import execute_notebook, hold, outdated_lines, outdated_steps
 from saltlib.core import RunRecord, SaltError, checksum, read_record, write_atomic
 from saltlib.data import PredictionStore
 from saltlib.models import load_weights, save_weights
@@ -72,6 +72,16 @@ def test_a_damaged_result_is_named_and_made_again_with_all_that_follows(run, nam
         rf"\S*/{name.split('/')[0]} is missing or no longer what the step 'train round1 compact fold 0' wrote, which is done again.$",
         outdated[steps[1]],
     ) and not any([*outdated.values()][1:])
+
+
+def test_a_step_that_read_something_else_is_done_again(run):
+    recipe, outputs = run
+    first, *others = recipe_steps(recipe)
+    RunRecord(step_folder(recipe, first, outputs), first.kind, step_arguments(recipe, first)).finish({"other": 1}, ["one.csv", "two"])
+    outdated = outdated_steps(recipe, outputs)
+    assert list(outdated) == others
+    again = sum(step.kind == "train" for step in others)
+    assert outdated_lines(recipe, outdated, outputs) == [f"Finished trainings that learned from it, and are done again, too: {again}."]
 
 
 def test_any_bit_of_a_record_may_be_wrong(run):

@@ -179,3 +179,10 @@ def test_threshold_curve():
     probs, true = rng.random((20, 11, 11), dtype=np.float32), rng.random((20, 11, 11)) < 0.5
     thresholds = [0.1, 0.5, 0.9]
     assert threshold_curve(probs, true, thresholds).tolist() == [mean_ap(probs > t, true) for t in thresholds]
+    assert threshold_curve(np.where(true, 0.5, 0), true, [0.5]).tolist() == [0]  # salt is above the threshold
+
+
+def test_error_table_has_both_scores():
+    true, pred = np.zeros((2, 1, 10, 10), bool)
+    true[:, :6], pred[:, :5] = True, True
+    assert error_table(pred, true).loc[["mAP", "IoU"], "value"].tolist() == pytest.approx([0.7, 5 / 6])

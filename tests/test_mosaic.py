@@ -120,6 +120,15 @@ def test_torch_finds_the_same_neighbours(sections, neighbors, gpu):
     assert len(find_neighbors(np.repeat(images[:1], 5, axis=0), gpu=gpu)) == 0
 
 
+def test_the_teachers_are_drawn_alike_each_time(sections, monkeypatch):
+    taught = []
+    monkeypatch.setattr(mosaic, "TEACHERS", 20)
+    monkeypatch.setattr(mosaic, "learn_continuation", lambda tiles, learn=mosaic.learn_continuation: taught.append(tiles.tobytes()) or learn(tiles))
+    for _ in range(2):
+        mosaic.learned_pairs(sections[1][:60])
+    assert taught[0] == taught[1] and len(taught[0]) == 20 * 101 * 101
+
+
 def test_a_mosaic_stays_in_one_fold(sections, neighbors):
     ids, images, _ = sections
     groups = mosaic_groups(assemble(neighbors, len(ids)), len(ids))
