@@ -66,7 +66,7 @@ def show_status(
     if (folder / "recipe.yaml").exists():
         recipe = read_run(folder)
     os.chdir(root)
-    rows = status_rows(recipe, folder.parent)
+    rows = status_rows(recipe, Path(from_root(folder.parent, root)))
     print_states(rows, ("step", "status", "result or error"), f"{recipe.name}: {sum(row[1] == 'done' for row in rows)} of {len(rows)} steps done")
     return all(row[1] == "done" for row in rows)
 

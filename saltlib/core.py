@@ -75,9 +75,9 @@ def refuse_place(
     what: str,  # that is to be written there, with its article
     suffix: str = "",  # that the file's name must have
 ) -> None:
-    "`SaltError` if no file can be written there: it is something else than a file, or its folder is not there or may not be written."
-    path = Path(path).absolute()
-    if not path.name.endswith(suffix) or path.exists() and not path.is_file() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    "`SaltError` if no such file can be written: it is something else, its folder is not there or may not be written, or its name has another suffix."
+    path, folder = Path(path), Path(path).resolve().parent  # of a link, where the file lies that it names
+    if suffix and path.suffix != suffix or path.exists() and not path.is_file() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise SaltError(f"{what} can't be written to {path}: name a file{suffix and f' *{suffix}'} in a folder that is there and may be written.")
 
 

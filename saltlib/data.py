@@ -382,8 +382,8 @@ def encode_masks(
     masks = np.asarray(masks)
     if masks.ndim != 3 or masks.dtype.kind == "f":
         raise SaltError(
-            f"Masks are True and False, [N,H,W], and not {masks.dtype} {list(masks.shape)}: compare probabilities with a threshold first, e.g. "
-            "probs > 0.5."
+            f"Masks are True and False, [N,H,W], and not {masks.dtype} {list(masks.shape)}: "
+            "compare probabilities with a threshold first, e.g. probs > 0.5."
         )
     codes, width = [], int(np.prod(masks.shape[1:])) + 1
     for start in range(0, len(masks), 256):  # blocks that fit the processor's cache
@@ -648,7 +648,7 @@ class PredictionStore:
             self.attributes = dict(group.attrs["made_by"])  # what made the predictions
             self.ids = np.array(group.attrs["ids"], dtype=str)  # [N]
             self._row_of = {id: row for row, id in enumerate(self.ids.tolist())}
-            # else the file of a chunk that is all zeros (no salt anywhere) is left out, or even removed
+            # Without this, the file of a chunk that is all zeros (no salt anywhere) is left out, or even removed.
             with zarr.config.set({"array.write_empty_chunks": True}):
                 self._probs, self._written = group["probs"], group["written"]
             n, size = len(self.ids), self._probs.shape[-1]

@@ -172,8 +172,8 @@ def check_size(
     height, width = x.shape[-2:]
     if height % multiple or width % multiple or not height * width:
         raise SaltError(
-            f"An input of {height} x {width} pixels does not fit this network: height and width must be multiples of {multiple} ({multiple}, "
-            f"{2 * multiple}, {3 * multiple} ...). prepare() brings tiles to such a size."
+            f"An input of {height} x {width} pixels does not fit this network: "
+            f"height and width must be multiples of {multiple} ({multiple}, {2 * multiple}, {3 * multiple} ...). prepare() brings tiles to such a size."
         )
 
 

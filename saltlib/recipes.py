@@ -270,8 +270,8 @@ class Recipe(Strict):
         for i, (round_name, round_) in enumerate(self.rounds.items()):
             if round_name in ("prepare", "report") or "ensemble" in round_.phases:
                 raise ValueError(
-                    f"{round_name} can't be the name of a round with the phases {list(round_.phases)}: prepare, "
-                    "report and ensemble are folders of steps"
+                    f"{round_name} can't be the name of a round with the phases {list(round_.phases)}: "
+                    "prepare, report and ensemble are folders of steps"
                 )
             for phase_name, phase in round_.phases.items():
                 where, start = f"{round_name}/{phase_name}", known.get(phase.start)
@@ -285,8 +285,8 @@ class Recipe(Strict):
                     raise ValueError(f"{where} is shared by all folds and can't start from {phase.start}, which each fold has its own of")
                 if beyond := sorted(fold for fold in phase.fold_snapshots if not 0 <= fold < self.folds.n):
                     raise ValueError(
-                        f"{where} has fold_snapshots of fold {beyond[0]}, but the folds are 0 to {self.folds.n - 1}: leave it out, "
-                        f"or all of them with fold_snapshots={{}}"
+                        f"{where} has fold_snapshots of fold {beyond[0]}, but the folds are 0 to {self.folds.n - 1}: "
+                        "leave it out, or all of them with fold_snapshots={}"
                     )
                 if phase.pseudo and i == 0:
                     raise ValueError(f"{where} wants pseudo-labels, but no round comes before it")

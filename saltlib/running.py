@@ -18,10 +18,8 @@ from pathlib import Path
 
 import psutil
 
-from saltlib.core import (
-    SaltError, changed_files, checksum, pick_device, project_root, read_json, read_record, runs_folder, socket_folder, usable_cores, visible_gpus,
-    write_atomic,
-)
+from .core import SaltError, changed_files, checksum, pick_device, project_root, read_json, read_record
+from .core import runs_folder, socket_folder, usable_cores, visible_gpus, write_atomic
 from .data import SIZE, read_by_id, refuse_bad_data
 from .recipes import Recipe, Step, check_settings, find_step, read_recipe, recipe_folder, recipe_steps, run_names, step_folder, step_inputs, write_recipe
 
@@ -240,7 +238,8 @@ class Progress:
 
         done, left = sum(map(self.is_done, self.work)), self.seconds_left()
         title = f"{self.name}: {done} of {len(self.work)} steps done, {clock(time.time() - self.started)} so far"
-        if left is not None: title += f", about {clock(left)} left"
+        if left is not None:
+            title += f", about {clock(left)} left"
         table = Table("running", "done", "mAP", "tiles/s", "last line", title=title, caption=SCORE_NOTE)
         for step, text in list(self.last.items()):
             if not self.is_done(step):
@@ -352,7 +351,10 @@ def load_recipe(
     name another, or that lies elsewhere."""
     recipe = read_recipe(path := find_recipe(name), changes)
     if is_run(path) and not in_outputs(path):
-        raise SaltError(f"{path.parent} is a run, but not in {project_root() / 'outputs'}, where runs are gone on with: move it there, or link it.")
+        raise SaltError(
+            f"{path.parent} is a run, but not in {project_root() / 'outputs'}, where alone runs go on: move or link it there and "
+            "give its name; to begin anew, copy its recipe.yaml under another name."
+        )
     if is_run(path) and (begun := read_recipe(path).name) != path.absolute().parent.name:
         raise SaltError(f"{path.parent} was {begun} when its steps were made, and their records say so: rename it to {begun}, and run that.")
     if data is None and is_run(path):
@@ -388,9 +390,10 @@ def outdated_lines(
     outdated: dict[Step, str],  # of `outdated_steps`, before `clear_outdated`
     outputs: Path,
 ) -> list[str]:  # lines of text
-    "Which results are damaged or gone, and how many finished trainings are done again because of that."
+    "Which results are damaged or gone, and how many finished trainings are done again because they learned from what changes."
     again = [step for step, lost in outdated.items() if step.kind == "train" and not lost and read_record(step_folder(recipe, step, outputs))]
-    return [*filter(None, outdated.values()), *([f"Finished trainings that learned from it, and are done again, too: {len(again)}."] if again else [])]
+    said = [f"Finished trainings whose inputs are no longer the same, and that are done again: {len(again)}."] if again else []
+    return [*filter(None, outdated.values()), *said]
 
 
 FOLLOWS = {"prepare": "train", "train": "predict"}  # kind of step -> the kind that a run of it alone leaves out
@@ -628,7 +631,7 @@ def make_progress(
     outputs: Path,
 ) -> Progress:
     "A view of these steps, each counting by the tiles that go through its network."
-    # the others: about as long as some tiles
+    # Steps without a network take about as long as some tiles.
     passes = {str(step): training_passes(recipe, step) if step.kind in ("train", "predict") else 100 for step in steps}
     epochs = {str(step): recipe.rounds[step.round].phases[step.phase].total_epochs for step in steps if step.kind == "train"}
     records = {str(step): step_folder(recipe, step, outputs) / "record.json" for step in steps}

@@ -28,10 +28,8 @@ from .ensemble import Ensemble, Group, averaged_ahead, choose_pseudo_labels, dec
 from .metrics import precision_at_iou, score
 from .mosaic import CLOSE, closest_known, mosaic_groups
 from .postprocess import correct_codes, find_sources, straight_masks, straight_rows
-from saltlib.recipes import (
-    Folds, Members, Phase, Recipe, Step, find_run, find_step, fold_file, fold_of, full_name, is_contaminated, previous_round, read_recipe, read_run,
-    recipe_folder, recipe_steps, rules_in_use, run_names, step_arguments, step_folder, step_inputs,
-)
+from .recipes import Folds, Members, Phase, Recipe, Step, find_run, find_step, fold_file, fold_of, full_name, is_contaminated, previous_round
+from .recipes import read_recipe, read_run, recipe_folder, recipe_steps, rules_in_use, run_names, step_arguments, step_folder, step_inputs
 from .synthetic import make_tiles
 
 # %% ../nbs/15_steps.ipynb #ab82d517

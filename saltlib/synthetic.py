@@ -226,8 +226,8 @@ def to_grey(
         amplitudes = amplitudes.astype(np.float64)
     if not np.isfinite(amplitudes).all():
         raise SaltError(
-            f"{np.count_nonzero(~np.isfinite(amplitudes))} amplitudes are no finite numbers: cut off what is muted or missing, or set it to 0, e.g. "
-            "with np.nan_to_num."
+            f"{np.count_nonzero(~np.isfinite(amplitudes))} amplitudes are no finite numbers: "
+            "cut off what is muted or missing, or set it to 0, e.g. with np.nan_to_num."
         )
     low, high = amplitudes.min(axis=(-2, -1), keepdims=True), amplitudes.max(axis=(-2, -1), keepdims=True)
     return np.rint((amplitudes - low) * (255 / np.where(high > low, high - low, 1))).astype(np.uint8)

@@ -81,7 +81,7 @@ def test_a_step_that_read_something_else_is_done_again(run):
     outdated = outdated_steps(recipe, outputs)
     assert list(outdated) == others
     again = sum(step.kind == "train" for step in others)
-    assert outdated_lines(recipe, outdated, outputs) == [f"Finished trainings that learned from it, and are done again, too: {again}."]
+    assert outdated_lines(recipe, outdated, outputs) == [f"Finished trainings whose inputs are no longer the same, and that are done again: {again}."]
 
 
 def test_any_bit_of_a_record_may_be_wrong(run):
@@ -330,9 +330,8 @@ def test_a_second_run_waits_and_names_the_first_and_a_killed_one_holds_nothing(t
 
 
 @pytest.mark.parametrize("number, quiet, first", [
-    # the last as a script's `salt run &`
-    (signal.SIGTERM, True, ""), (signal.SIGTERM, False, ""), (signal.SIGTERM, False, "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "),
-    (signal.SIGINT, True, ""), (signal.SIGINT, False, ""),
+    (signal.SIGTERM, True, ""), (signal.SIGTERM, False, ""), (signal.SIGINT, True, ""), (signal.SIGINT, False, ""),
+    (signal.SIGTERM, False, "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "),  # as a script's `salt run &`
 ])
 def test_the_end_of_a_run_is_the_end_of_all_its_processes(tmp_path, number, quiet, first):
     "A signal to its first process alone, as systemd, a scheduler or an editor's stop button may send it."
