@@ -185,7 +185,7 @@ def make_parser() -> argparse.ArgumentParser:
     command("demo", "Write synthetic data, train, ensemble and report on it (a few minutes on two cores).", epilog="example: salt demo")
     check = command("check-data", "List every problem of a data folder; the exit status is 1 if there is any.", epilog="example: salt check-data data")
     check.add_argument("folder", metavar="DIR", help="folder with depths.csv, train.csv, sample_submission.csv and the tiles, zipped or not")
-    run = command("run", "Run the missing steps of a recipe.", epilog="example: salt run compact --set folds.use=[0]")
+    run = command("run", "Run the missing steps of a recipe.", epilog="example: salt run compact --set name=five_folds --set 'folds.use=[0, 1, 2, 3, 4]'")
     run.add_argument("--dry-run", action="store_true", help="say which steps would run, how long and with how much disk")
     run.add_argument("--cores", type=positive, metavar="N", help="CPU cores of this machine to use (default: all)")
     run.add_argument(
@@ -275,7 +275,8 @@ def main(
             from saltlib.data import check_data
 
             problems = check_data(args.folder)
-            print("\n".join(problems) if problems else f"{args.folder}: no problems")
+            how_to_get = "Mend these files or fetch them again: README tells under 'With your Kaggle data' how to get them."
+            print("\n".join([*problems, how_to_get]) if problems else f"{args.folder}: no problems")
             return int(bool(problems))
         elif args.command == "run":
             run_recipe(

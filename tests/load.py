@@ -20,7 +20,7 @@ from saltlib.inference import predict_to_store
 from saltlib.mosaic import assemble, find_neighbors, mosaic_groups
 from saltlib.synthetic import cut_tiles, make_section
 
-LIMIT = 4096  # MB
+LIMIT = 4000  # MB
 TRAIN = 4000  # as in the competition; all others are test tiles
 
 
@@ -119,7 +119,7 @@ def main() -> int:
         step = next(step for step in STEPS if step.__name__ == args.step)
         step(args.root, args.tiles) if step is write_data else step(args.root)
         peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-        print(int(peak.split()[1]) // 1024)
+        print(int(peak.split()[1]) * 1024 // 10**6)
         return 0
     root, failed = Path(tempfile.mkdtemp(prefix="saltlib-load-")) / "data", False
     for step in STEPS:
