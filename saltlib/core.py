@@ -83,7 +83,7 @@ def refuse_place(
 
 def write_atomic(
     path: str | Path,  # final place; its folder is made if missing
-    data: str | bytes | Iterable[str],  # the whole content, at once or line by line
+    data: str | bytes,  # the whole content
 ) -> Path:
     """Write `data` so that `path` is either as before or complete, also after a crash or on a full disk. `SaltError` if that fails,
     or if it is a folder or a device."""
@@ -96,8 +96,7 @@ def write_atomic(
                 raise OSError(errno.EEXIST, "no file, but something else, has this name")
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(scratch, "wb") as file:
-                for part in [data] if isinstance(data, str | bytes) else data:
-                    file.write(part.encode() if isinstance(part, str) else part)
+                file.write(data.encode() if isinstance(data, str) else data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(scratch, path)
@@ -172,18 +171,17 @@ def pick_device(
     "The device of that name; 'auto' is the GPU where there is one. `SaltError` if a GPU is asked for and none is there, or one is there that torch can't use."
     import torch
 
-    if name == "auto" and not gpu_works() and visible_gpus():
+    if name not in ("auto", "cpu", "cuda"):
+        raise SaltError(f"There is no device {name!r} for saltlib: use 'auto', 'cpu' or 'cuda'; which GPU that is, CUDA_VISIBLE_DEVICES says.")
+    works = name != "cpu" and gpu_works()
+    if name == "cuda" and not works:
+        raise SaltError(f"Device {name} was asked for, but torch {torch.__version__} sees no GPU: use 'auto' or 'cpu'.")
+    if name == "auto" and not works and visible_gpus():
         raise SaltError(
             f"There is a GPU that torch {torch.__version__} can't use: the driver may be too old for its CUDA {torch.version.cuda}, "
             "or CUDA_VISIBLE_DEVICES names another. Mend that, or do without the GPU: device cpu, or CUDA_VISIBLE_DEVICES=-1 before the command."
         )
-    if name == "auto":
-        name = "cuda" if gpu_works() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise SaltError(f"There is no device {name!r} for saltlib: use 'auto', 'cpu' or 'cuda'; which GPU that is, CUDA_VISIBLE_DEVICES says.")
-    if name == "cuda" and not gpu_works():
-        raise SaltError(f"Device {name} was asked for, but torch {torch.__version__} sees no GPU: use 'auto' or 'cpu'.")
-    return torch.device(name)
+    return torch.device("cuda" if works else "cpu")
 
 # %% ../nbs/00_core.ipynb #c8cfb3f3
 def half_dtype(
@@ -227,13 +225,10 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str:
     "The commit of the project in the working folder, '+changes' behind it if the work tree differs, '' outside git."
-    def git(*args):
-        return subprocess.run(["git", *args], capture_output=True, text=True)
-
-    if not shutil.which("git") or git("rev-parse", "HEAD").returncode:
+    if not shutil.which("git"):
         return ""
-    changes = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
-    return git("rev-parse", "HEAD").stdout.strip()[:12] + ("+changes" if changes else "")
+    describe = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]  # no tags, only the commit
+    return subprocess.run(describe, capture_output=True, text=True).stdout.strip()
 
 
 def checksum(

@@ -82,7 +82,7 @@ def class_of(
 def coverage_class(
     masks: np.ndarray,  # bool [N,H,W]
 ) -> np.ndarray:  # int [N], 0..10
-    "The same by the tile's mask."
+    "The class of a tile by its mask."
     return class_of(np.count_nonzero(masks, axis=(1, 2)), masks.shape[1] * masks.shape[2])
 
 
@@ -195,4 +195,7 @@ def calibration_error(
     curve: pd.DataFrame,  # of `calibration_curve`
 ) -> float:  # 0..1; NaN without a pixel
     "Expected calibration error: mean over all pixels of the distance between probability and share of salt."
-    return float(np.average((curve["probability"] - curve["salt"]).abs().fillna(0), weights=curve["pixels"])) if curve["pixels"].sum() else float("nan")
+    if not curve["pixels"].sum():
+        return float("nan")
+    distance = (curve["probability"] - curve["salt"]).abs().fillna(0)  # an empty bin has none, and no weight
+    return float(np.average(distance, weights=curve["pixels"]))

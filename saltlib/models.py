@@ -90,14 +90,15 @@ def upsample(
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
 
 
+torch.fx.wrap("upsample")  # one step of a traced network: how it is done depends on the device
+
+
 def hypercolumn(
     maps: list[torch.Tensor],  # [N,C,H,W], finest first
 ) -> torch.Tensor:  # [N, sum of all C, H, W of the finest]
     "All maps at the size of the first, stacked."
     return torch.cat([maps[0], *(upsample(x, maps[0].shape[2:]) for x in maps[1:])], 1)
 
-
-torch.fx.wrap("upsample")  # one step of a traced network: how it is done depends on the device
 
 # %% ../nbs/07_models.ipynb #74880a0b
 class PyramidAttention(nn.Module):

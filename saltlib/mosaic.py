@@ -309,7 +309,7 @@ def learned_pairs(
 
 # %% ../nbs/03_mosaic.ipynb #823b89b9
 STRANGERS = -4.0  # evidence of sides that come together and are not close, about ln 0.02: true neighbours sometimes aren't, across noise or salt
-ALONE = 9.0  # evidence that two single tiles need: nothing else tests them. With it a pair that both rules accept may have -3, another needs to be very clear
+ALONE = 9.0  # evidence that two single tiles need: nothing else tests them. A pair of both rules has `AGREED` already, another must be very clear
 
 
 def grow_grids(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRUTH', 'PREDICTION', 'OTHER', 'GREYS', 'DPI', 'RUNS', 'plot_tiles', 'plot_predictions', 'lay_out', 'plot_section',
-           'plot_coverage', 'plot_history', 'phase_and_fold', 'plot_histories', 'plot_runs', 'plot_scores_by_class',
+           'plot_coverage', 'plot_history', 'plot_histories', 'plot_runs', 'plot_scores_by_class',
            'plot_threshold_curve', 'plot_calibration', 'plot_confidence']
 
 # %% ../nbs/13_plots.ipynb #7d881c6d
@@ -73,7 +73,9 @@ def _predicted_line(threshold: float = 0.5) -> Line2D:
 
 
 def _legend(figure: plt.Figure, mask: bool, probs: bool) -> None:
-    entries = [_true_line()] * mask + [_predicted_line(), Patch(color=PREDICTION, alpha=0.25, label="shade of probability 1")] * probs
+    entries = [_true_line()] if mask else []
+    if probs:
+        entries += [_predicted_line(), Patch(color=PREDICTION, alpha=0.25, label="shade of probability 1")]
     if entries:
         figure.legend(handles=entries, loc="outside lower center", ncols=len(entries), fontsize=8, frameon=False)
 
@@ -217,21 +219,12 @@ def plot_history(
     return figure
 
 # %% ../nbs/13_plots.ipynb #89d173ac
-def phase_and_fold(
-    training: str,  # 'round phase fold k', or 'round phase shared' of one for all folds
-) -> tuple[str, str]:  # 'round phase'; 'k' or 'shared'
-    "Whose training it is."
-    phase, fold = training.rsplit(" ", 1)
-    return phase.removesuffix(" fold"), fold
-
-
 def plot_histories(
-    histories: dict[str, pd.DataFrame],  # training, as `phase_and_fold` takes it -> its history
+    histories: dict[tuple[str, str], pd.DataFrame],  # ('round phase', 'fold k' or 'shared') -> its history
 ) -> plt.Figure:
     "mAP by epoch of all trainings of a run: a panel a phase, a line a fold."
     phases = {}
-    for name, history in histories.items():
-        phase, fold = phase_and_fold(name)
+    for (phase, fold), history in histories.items():
         phases.setdefault(phase, {})[fold] = history
     figure, axes = _chart(len(phases))
     shades = plt.get_cmap("viridis")
@@ -241,7 +234,7 @@ def plot_histories(
         _label(ax, phase, "epoch", "mAP of the fold's tiles")
         ax.sharey(axes[0])
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.legend(title="fold", title_fontsize=8, fontsize=8, frameon=False)
+        ax.legend(fontsize=8, frameon=False)
     return figure
 
 # %% ../nbs/13_plots.ipynb #6ad41d1b
@@ -249,14 +242,14 @@ RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")  # Oka
 
 
 def plot_runs(
-    runs: dict[str, dict[str, pd.DataFrame]],  # run -> training, as `phase_and_fold` takes it -> history
+    runs: dict[str, dict[tuple[str, str], pd.DataFrame]],  # run -> histories, as `plot_histories` takes them
 ) -> plt.Figure:
     "mAP by epoch of several runs on one axis: a colour a run, a line a fold; the phases of a run follow one another."
     figure, (ax,) = _chart(width=6.5)
     for k, (run, histories) in enumerate(runs.items()):
         begins, end = {}, 0
-        for name, history in histories.items():
-            first = begins.setdefault(phase_and_fold(name)[0], end)
+        for (phase, _), history in histories.items():
+            first = begins.setdefault(phase, end)
             end = max(end, first + len(history))
             line, = ax.plot(first + history["epoch"], history["mAP"], color=RUNS[k % len(RUNS)], marker="o", markersize=3, linewidth=1.2)
         line.set_label(run)

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Name', 'PhaseName', 'Snapshots', 'ModelName', 'OPTIONAL', 'Strict', 'AdamW', 'RMSprop', 'SGD', 'OneCycle', 'Plateau',
            'Cosine', 'PseudoLabels', 'Synthetic', 'same_network', 'Phase', 'Members', 'Round', 'Folds', 'Recipe',
-           'full_name', 'set_value', 'count_values', 'refuse_twins', 'in_words', 'parse_recipe', 'read_recipe', 'Step',
-           'fold_of', 'members', 'recipe_steps', 'find_step', 'previous_round', 'step_inputs', 'trainings_beside',
-           'is_contaminated', 'recipe_folder', 'find_run', 'read_run', 'run_names', 'step_folder', 'rules_in_use',
-           'step_arguments', 'fold_file', 'begun_settings', 'check_settings', 'write_recipe']
+           'full_name', 'set_value', 'count_values', 'refuse_duplicate_keys', 'in_words', 'parse_recipe', 'read_recipe',
+           'Step', 'fold_of', 'members', 'recipe_steps', 'find_step', 'previous_round', 'step_inputs',
+           'trainings_beside', 'is_contaminated', 'recipe_folder', 'find_run', 'read_run', 'run_names', 'step_folder',
+           'input_checksums', 'rules_in_use', 'step_arguments', 'fold_file', 'begun_settings', 'check_settings',
+           'write_recipe']
 
 # %% ../nbs/14_recipes.ipynb #b36c8219
 import os
@@ -345,7 +346,7 @@ def count_values(
     return size(node)
 
 
-def refuse_twins(
+def refuse_duplicate_keys(
     root: yaml.Node | None,  # of `yaml.compose`
 ) -> None:
     "`ValueError` for a key that stands twice in one place: YAML would take the last one without a word."
@@ -405,7 +406,7 @@ def read_recipe(
     "The recipe in a file, with changes. `SaltError` for an unreadable file, an unknown key or a value out of range."
     path = Path(path)
     try:
-        refuse_twins(yaml.compose(text := path.read_text(encoding="utf-8"), yaml.SafeLoader))
+        refuse_duplicate_keys(yaml.compose(text := path.read_text(encoding="utf-8"), yaml.SafeLoader))
         plain = yaml.safe_load(text)
         largest = count_values(plain)
     except FileNotFoundError:
@@ -586,6 +587,16 @@ def step_folder(
 ) -> Path:
     "Where a step leaves record, notebook and results: outputs/<recipe>/<round>/<phase>/<fold<k> or shared>/<step>."
     return recipe_folder(recipe, outputs).joinpath(*filter(None, (step.round, step.phase, step.whose.replace(" ", ""), step.kind)))
+
+
+def input_checksums(
+    recipe: Recipe,
+    step: Step,
+    outputs: str | Path,  # the project's outputs folder
+) -> dict[str, str]:  # record of a finished step, as its folder in `outputs` -> its checksum
+    "What a step reads, as its record keeps it."
+    folders = [step_folder(recipe, needed, outputs) for needed in step_inputs(recipe, step)]
+    return {str(folder.relative_to(outputs)): checksum(folder / "record.json") for folder in folders if (folder / "record.json").exists()}
 
 
 def rules_in_use(

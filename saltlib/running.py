@@ -8,23 +8,25 @@ __all__ = ['SCORE_NOTE', 'FOLLOWS', 'check_parameters', 'say', 'LabelledLines', 
            'from_root', 'load_recipe', 'outdated_steps', 'outdated_lines', 'steps_until', 'count_tiles',
            'training_passes', 'measured_rates', 'expected_cost', 'notebook_error', 'training_progress', 'status_rows',
            'find_profile', 'report_page', 'clear_outdated', 'snakemake_command', 'give_cache', 'make_progress',
-           'print_outcome', 'run_recipe']
+           'print_outcome', 'refuse_options', 'refuse_fold_file', 'run_recipe']
 
 # %% ../nbs/18_running.ipynb #e3e2b213
 import contextlib, csv, fcntl, io, json, os, re, shutil, signal, socket, subprocess, sys, tempfile, time
 from collections import Counter, deque
 from collections.abc import Callable, Collection
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 
-from .core import SaltError, changed_files, checksum, pick_device, project_root, read_json, read_record
+from .core import SaltError, changed_files, pick_device, project_root, read_json, read_record
 from .core import runs_folder, socket_folder, usable_cores, visible_gpus, write_atomic
 from .data import SIZE, read_by_id, refuse_bad_data
-from .recipes import Recipe, Step, check_settings, find_step, read_recipe, recipe_folder, recipe_steps, run_names, step_folder, step_inputs, write_recipe
+from .recipes import Recipe, Step, check_settings, find_step, input_checksums, read_recipe, recipe_folder
+from .recipes import recipe_steps, run_names, step_folder, step_inputs, write_recipe
 
-# papermill and nbformat load jsonschema, which would build a grammar of web addresses for 3 s if it could; notebooks hold none.
-sys.modules["rfc3987_syntax"] = sys.modules.get("rfc3987_syntax")
+# papermill and nbformat load jsonschema, which takes 3 s to prepare the check of web addresses where it finds this package; notebooks hold none.
+sys.modules.setdefault("rfc3987_syntax", None)  # None: can't be imported
 
 # %% ../nbs/18_running.ipynb #6d47fb2d
 def check_parameters(
@@ -110,7 +112,8 @@ def hold(
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         if not wait:
-            return file.close()
+            file.close()
+            return None
         file.seek(0)
         print(f"{what} is at work already ({file.read() or 'just started'}); waiting for it to end.", file=sys.stderr, flush=True)
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -233,8 +236,8 @@ class Progress:
         from rich.markup import escape
         from rich.table import Table
 
-        def clock(seconds: float) -> str:
-            return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+        def clock(seconds: float) -> timedelta:  # shown as 1:02:03
+            return timedelta(seconds=int(seconds))
 
         done, left = sum(map(self.is_done, self.work)), self.seconds_left()
         title = f"{self.name}: {done} of {len(self.work)} steps done, {clock(time.time() - self.started)} so far"
@@ -379,7 +382,7 @@ def outdated_steps(
             or changed
             or lost
             or set(inputs) & outdated.keys()
-            or any(record["inputs"].get(str(f.relative_to(outputs))) != checksum(f / "record.json") for f in (step_folder(recipe, i, outputs) for i in inputs))
+            or not input_checksums(recipe, step, outputs).items() <= record["inputs"].items()
         ):
             outdated[step] = f"{changed[0]} is missing or no longer what the step '{step}' wrote, which is done again." if changed else ""
     return outdated
@@ -396,7 +399,7 @@ def outdated_lines(
     return [*filter(None, outdated.values()), *said]
 
 
-FOLLOWS = {"prepare": "train", "train": "predict"}  # kind of step -> the kind that a run of it alone leaves out
+FOLLOWS = {"prepare": "train", "train": "predict"}  # --until this kind -> the kind of the first step that is left out
 
 
 def steps_until(
@@ -471,7 +474,8 @@ def expected_cost(
             passes[recipe.rounds[step.round].phases[step.phase].model] += training_passes(recipe, step)
     lines = []
     for model, n in passes.items():
-        bench = ", or run salt bench --json outputs/bench.json," * ("_at_" not in model if gpu else model == "compact")  # those that it trains there
+        in_bench = "_at_" not in model if gpu else model == "compact"  # it trains these there
+        bench = ", or run salt bench --json outputs/bench.json," if in_bench else ""
         time = (
             f"{n / rates[model] / 3600:.2f} {hours} at the measured {rates[model]:.0f} a second" if model in rates
             else f"not yet measured on a {device} here: train one phase for one epoch{bench} to know the hours"
@@ -644,7 +648,7 @@ def print_outcome(
 ) -> None:
     "How many steps are done, the ensembles' scores, and where the results are."
     rows, folder = status_rows(recipe, outputs), recipe_folder(recipe, outputs)
-    done = sum(row[1] == "done" for row in rows)
+    done = sum(state == "done" for _, state, _ in rows)
     print(f"{recipe.name}: {'all' if done == len(rows) else f'{done} of'} {len(rows)} steps are done")
     for step, state, figures in rows:
         if step.startswith("ensemble") and state == "done":
@@ -654,6 +658,33 @@ def print_outcome(
     if done == len(rows):
         print(f"report:             {folder}/report/report.ipynb and {folder}/report/report.html")
         print(f"submission:         {folder}/submission.csv")
+
+
+def refuse_options(
+    cluster: Path | None,  # folder of the profile that hands the steps to a cluster
+    gpus: int,  # of this machine, for the run
+    cores: int | None,  # as in `run_recipe`
+    per_gpu: int,  # as in `run_recipe`
+) -> None:
+    "`SaltError` if cores or GPUs are to be dealt out that are not this machine's."
+    if per_gpu > 1 and cluster:
+        raise SaltError("--per-gpu shares the GPUs of this machine, but with --profile a cluster deals out its own.")
+    if per_gpu > 1 and not gpus:
+        raise SaltError("--per-gpu shares the GPUs of this machine, but this run has none: leave it out.")
+    if cores and cluster:
+        raise SaltError("--cores counts the cores of this machine, but with --profile a cluster deals out its own: leave it out.")
+
+
+def refuse_fold_file(
+    recipe: Recipe,  # with a fold file of the user's own
+) -> None:
+    "`SaltError` if that file is missing or does not fit the train tiles."
+    if not Path(recipe.folds.file).is_file():
+        raise SaltError(f"There is no file {recipe.folds.file}: folds.file counts from {Path.cwd()}.")
+    if ids := read_by_id(Path(recipe.data) / "train.csv", "rle_mask")[0]:
+        from saltlib.steps import own_folds  # loads what `salt status` can do without
+
+        own_folds(recipe.folds, [*ids])
 
 
 def run_recipe(
@@ -674,23 +705,12 @@ def run_recipe(
     folder, prepare = recipe_folder(recipe, outputs), step_folder(recipe, Step("prepare"), outputs)
     gpus = 0 if recipe.device == "cpu" else len(visible_gpus())
     use_gpu = recipe.device != "cpu" and bool(cluster or gpus)
-    if per_gpu > 1 and (cluster or not gpus):
-        raise SaltError(
-            "--per-gpu shares the GPUs of this machine, "
-            + ("but with --profile a cluster deals out its own." if cluster else "but this run has none: leave it out.")
-        )
-    if cores and cluster:
-        raise SaltError("--cores counts the cores of this machine, but with --profile a cluster deals out its own: leave it out.")
+    refuse_options(cluster, gpus, cores, per_gpu)
     wanted = steps_until(recipe, until)
     check_settings(recipe, outputs)
     new = read_record(prepare) is None
     if new and recipe.folds.file:
-        if not Path(recipe.folds.file).is_file():
-            raise SaltError(f"{recipe.folds.file} is missing: folds.file counts from {Path.cwd()}.")
-        if ids := read_by_id(Path(recipe.data) / "train.csv", "rle_mask")[0]:
-            from saltlib.steps import own_folds  # loads what `salt status` can do without
-
-            own_folds(recipe.folds, [*ids])
+        refuse_fold_file(recipe)
     if dry_run:
         outdated = outdated_steps(recipe, outputs)
         steps = [step for step in outdated if step in wanted]
@@ -723,8 +743,8 @@ def run_recipe(
                 # Snakemake inherits the lock: as long as it works, also after this process was killed, no other run begins.
                 status = watch(command, [lock.fileno()], make_progress(recipe, steps, outputs), quiet, verbose, 60 if cluster else 10)
     if status:
-        failed = [row for row in status_rows(recipe, outputs) if row[1] == "failed"]
-        reasons = [f"  {row[0]}: {row[2]}" for row in failed] or [f"  no step says why; Snakemake's own account is the newest file in {folder}/.snakemake/log"]
+        failed = [f"  {step}: {error}" for step, state, error in status_rows(recipe, outputs) if state == "failed"]
+        reasons = failed or [f"  no step says why; Snakemake's own account is the newest file in {folder}/.snakemake/log"]
         raise SaltError("\n".join([f"{recipe.name} is not complete; mend this and give the same command again, finished steps are kept:", *reasons]))
     if not quiet:
         print_outcome(recipe, outputs)

@@ -22,14 +22,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import RunRecord, SaltError, checksum, derive_seed, flat_settings, git_commit, pick_device, read_record, versions, write_atomic
+from .core import RunRecord, SaltError, derive_seed, flat_settings, git_commit, pick_device, read_record, versions, write_atomic
 from .data import SIZE, PredictionStore, Tiles, encode_masks, is_black, load_tiles, make_folds, read_folds, tile_checksums
 from .ensemble import Ensemble, Group, averaged_ahead, choose_pseudo_labels, decode_masks, in_pieces, read_ends, read_pseudo_labels, weighted_mean
 from .metrics import precision_at_iou, score
 from .mosaic import CLOSE, closest_known, mosaic_groups
 from .postprocess import correct_codes, find_sources, straight_masks, straight_rows
-from .recipes import Folds, Members, Phase, Recipe, Step, find_run, find_step, fold_file, fold_of, full_name, is_contaminated, previous_round
-from .recipes import read_recipe, read_run, recipe_folder, recipe_steps, rules_in_use, run_names, step_arguments, step_folder, step_inputs
+from .recipes import Folds, Members, Phase, Recipe, Step, find_run, find_step, fold_file, fold_of, full_name
+from .recipes import input_checksums, is_contaminated, previous_round, read_recipe, read_run, recipe_folder, recipe_steps, rules_in_use, run_names
+from .recipes import step_arguments, step_folder, step_inputs
 from .synthetic import make_tiles
 
 # %% ../nbs/15_steps.ipynb #ab82d517
@@ -112,7 +113,7 @@ def open_step(
     folder.mkdir(parents=True, exist_ok=True)
     device = str(pick_device(recipe.device)) if kind in ("train", "predict") else "cpu"
     folders = [step_folder(recipe, needed, outputs) for needed in step_inputs(recipe, step)]
-    inputs = {str(needed.relative_to(outputs)): checksum(needed / "record.json") for needed in folders if (needed / "record.json").exists()}
+    inputs = input_checksums(recipe, step, outputs)
     parts = ["pseudo_labels/" if kind == "train" and needed.name == "ensemble" else "" for needed in folders]  # a training may be where the predictions are not
     with ThreadPoolExecutor() as pool:  # checksums of 40 members' predictions
         for needed, record in zip(folders, pool.map(lambda folder, part: read_record(folder, True, part), folders, parts)):
@@ -323,7 +324,7 @@ def score_line(
     remark: str = "",
 ) -> str:
     "A score as a notebook says it."
-    remarks = ", ".join(filter(None, [f"{tiles} tiles", remark, "CONTAMINATED" * contaminated]))
+    remarks = ", ".join(filter(None, [f"{tiles} tiles", remark, "CONTAMINATED" if contaminated else ""]))
     return f"mAP {scored['mAP']:.4f} (95 % interval {scored['mAP_low']:.4f} to {scored['mAP_high']:.4f}, {remarks})"
 
 
@@ -403,7 +404,7 @@ def count_choices(
 def choice_lines(
     counts: pd.DataFrame,  # of `count_choices`
 ) -> str:  # a line a phase
-    "The same in words, for the terminal."
+    "What `count_choices` counted, in words for the terminal."
     lines = [
         f"{phase} of the next round will choose pseudo-labels: " + ", ".join(f"{n:.0f} tiles for {fold}" for fold, n in row.dropna().items())
         for phase, row in counts.iterrows()
@@ -482,10 +483,10 @@ def compare_folds(
 
 def run_histories(
     step: RunStep,  # 'report'
-) -> dict[str, pd.DataFrame]:  # training, as `plots.phase_and_fold` takes it -> history
+) -> dict[tuple[str, str], pd.DataFrame]:  # ('round phase', 'fold k' or 'shared') -> history
     "The learning curves of all trainings."
     trainings = [s for s in recipe_steps(step.recipe) if s.kind == "train"]
-    return {str(s).removeprefix("train "): pd.read_csv(step_folder(step.recipe, s, step.outputs) / "history.csv") for s in trainings}
+    return {(f"{s.round} {s.phase}", s.whose): pd.read_csv(step_folder(step.recipe, s, step.outputs) / "history.csv") for s in trainings}
 
 # %% ../nbs/15_steps.ipynb #6e5e04fd
 def open_run(
@@ -641,7 +642,7 @@ def blend_lines(
     scores: pd.DataFrame,  # of `blend_scores`
     runs: dict[str, RunStep],  # of `open_runs`
 ) -> str:  # a line for the mean and for each run
-    "The same in words, for the terminal."
+    "What `blend_scores` found, in words for the terminal."
     contaminated = contaminated_scores(scores, runs)
     return "\n".join(f"{name}: {score_line(score(values.to_numpy()), len(values), name in contaminated)}" for name, values in scores.items())
 

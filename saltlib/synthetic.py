@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'smooth_noise', 'rough_coordinates', 'salt_body', 'salt_bodies', 'cut_tiles', 'lay_tiles', 'layer_coordinate',
-           'beds', 'reflectivity', 'ricker', 'apply_wavelet', 'level', 'model_section', 'to_grey', 'make_section',
-           'adjacent', 'write_table', 'write_png', 'section_tiles', 'make_tiles', 'make_dataset', 'write_sections',
-           'demo_data']
+           'beds', 'reflectivity', 'ricker', 'apply_wavelet', 'automatic_gain', 'model_section', 'to_grey',
+           'make_section', 'adjacent', 'write_table', 'write_png', 'section_tiles', 'make_tiles', 'make_dataset',
+           'write_sections', 'demo_data']
 
 # %% ../nbs/02_synthetic.ipynb #921f65dc
-import csv, io, tempfile
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -193,7 +193,7 @@ def apply_wavelet(
     return section
 
 # %% ../nbs/02_synthetic.ipynb #88a2ac10
-def level(
+def automatic_gain(
     section: np.ndarray,  # float32 [H,W]
     power: float,  # 0 leaves the section as it is, 1 makes all places equally strong
 ) -> np.ndarray:  # float32 [H,W]
@@ -214,7 +214,7 @@ def model_section(
     mask = salt_bodies(rng, shape) & (np.arange(shape[0])[:, None] > seabed + 15)
     period = np.exp(rng.uniform(np.log(6), np.log(26)))
     section = apply_wavelet(reflectivity(rng, mask, seabed, period), period, period * rng.uniform(1.4, 3))
-    return level(section, rng.uniform(0.4, 0.9)), mask
+    return automatic_gain(section, rng.uniform(0.4, 0.9)), mask
 
 
 def to_grey(
@@ -258,9 +258,8 @@ def write_table(
     rows: list[tuple],  # written in their natural order
 ) -> Path:
     "A CSV file."
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header.split(","), *sorted(rows)])
-    return write_atomic(path, text.getvalue())
+    lines = [header, *(",".join(map(str, row)) for row in sorted(rows))]
+    return write_atomic(path, "\n".join(lines) + "\n")
 
 
 def write_png(
@@ -325,7 +324,7 @@ def write_sections(
     shape: tuple[int, int],  # rows and columns of tiles in a section
     black_share: float,
 ) -> None:
-    "The work of `make_dataset`."
+    "Write the tiles and tables of `make_dataset` into a new folder."
     n = n_sections * shape[0] * shape[1]
     rng = np.random.default_rng([seed, n_sections])  # section k has the seed [seed, k]
     ids = np.array([f"{number:010x}" for number in rng.choice(16**10, n, replace=False)]).reshape(n_sections, *shape)

@@ -50,7 +50,7 @@ def at_work(project: Path, name: str) -> str:
         rows = status_rows(read_recipe(project / f"outputs/{name}/recipe.yaml"), project / "outputs")
     except SaltError:  # it has just begun
         return ""
-    return next((row[0].split()[0] for row in rows if row[1] == "running"), "")
+    return next((step.split()[0] for step, state, _ in rows if state == "running"), "")
 
 
 def kill(run: subprocess.Popen, name: str, rng: random.Random) -> str:

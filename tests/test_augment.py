@@ -110,7 +110,7 @@ def test_bes_geometry():
 
 @pytest.mark.parametrize("name, low, high, shift", [("light", 0.9, 1.1, 6), ("wide", 0.8, 1.25, 10)])
 def test_sets_for_small_networks(name, low, high, shift):
-    "How far tiles are scaled and moved, and their grey values multiplied."
+    "How far tiles are scaled, moved, turned and sheared, and their grey values multiplied and stretched."
     (affine,), image = parts(name, A.Affine), np.full((101, 101), 100, np.uint8)
     matrices = []
     for seed in range(400):
@@ -121,6 +121,13 @@ def test_sets_for_small_networks(name, low, high, shift):
     assert np.allclose([moved.min(), moved.max()], [-shift, shift])
     greys = [int(tile[50, 50]) for tile, _ in draw(parts(name, A.ColorJitter)[0], image)]
     assert np.abs(np.subtract([min(greys), max(greys)], {"light": [90, 110], "wide": [88, 112]}[name])).max() <= 1
+    a, b, c, d = (np.array(matrices)[:, :2, :2] / scale[:, None, None]).reshape(-1, 4).T
+    for degrees in (np.degrees(np.arctan2(c, a)), np.degrees(np.arctan(a * b + c * d))):  # turned; sheared along the rows
+        assert np.abs(np.subtract([degrees.min(), degrees.max()], np.multiply([-1, 1], {"light": 5, "wide": 8}[name]))).max() < 0.3
+    image[:, :50], image[:, 50:] = 60, 140
+    pairs = np.array([tile[0, [0, -1]] for tile, _ in draw(parts(name, A.ColorJitter)[0], image)], int)
+    contrast, most = (pairs[:, 1] - pairs[:, 0]) / pairs.mean(axis=1) / 0.8, {"light": 0.1, "wide": 0.15}[name]
+    assert np.abs(np.subtract([contrast.min(), contrast.max()], [1 - most, 1 + most])).max() < 0.03
 
 
 @pytest.mark.parametrize("name, kind", [("bes", "scale"), ("phalanx", "rotate")])
@@ -229,6 +236,7 @@ def test_order_of_the_rows():
     sampler = EpochSampler(40, 8, seed=0)
     rows = [row for batch in sampler for *_, row in batch]
     assert sorted(rows) == list(range(40)) and rows != list(range(40))
+    assert rows != [row for batch in EpochSampler(40, 8, seed=1) for *_, row in batch]
     drawn = [row for batch in EpochSampler(40, 8, seed=0, draws=80) for *_, row in batch]
     assert len(drawn) == 80 and max(drawn.count(row) for row in range(40)) > 3
     sampler.set_epoch(1)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from saltlib.core import SaltError
-from saltlib.models import MODELS, ThreeOutputs, create_model, prepare, prepare_masks, restore
+from saltlib.models import MODELS, ThreeOutputs, create_model, imagenet_weights, prepare, prepare_masks, restore
 
 # The method's section 3: side after resizing, padding before and after, OpenCV's border, smallest input.
 METHOD = {
@@ -170,6 +170,9 @@ def dropouts(net):
 def test_dropout_as_published_and_only_while_training():
     published = {"bes_resnext50": [0.2], "phalanx_v4": [0.0], "phalanx_v3": [0.4, 0.4], "phalanx_v5": [0.0]}
     assert {name: dropouts(model(name)) for name in published} == published
+    assert dropouts(create_model("phalanx_v3", dropout=0.0)) == [0.0, 0.0]
+    layers = [model("bes_resnext50").dropout, *(model(name).trunk.dropout for name in ("phalanx_v4", "phalanx_v3", "phalanx_v5"))]
+    assert {type(layer) for layer in layers} == {torch.nn.Dropout2d}  # whole maps
     net, x = create_model("phalanx_v5", dropout=0.4), torch.rand(2, 3, 64, 64)
     for m in net.modules():
         if isinstance(m, torch.nn.BatchNorm2d):
@@ -225,6 +228,15 @@ def test_no_imagenet_weights_says_what_to_do(monkeypatch):
     monkeypatch.setattr(torchvision.models.ResNet34_Weights, "get_state_dict", offline)
     with pytest.raises(SaltError, match="no route.*SALT_ENCODER_DIR.*start: scratch"):
         create_model("phalanx_v3", pretrained=True)
+
+
+def test_fetched_weights_are_checked(monkeypatch):
+    import torchvision
+
+    asked = {}
+    monkeypatch.delenv("SALT_ENCODER_DIR", raising=False)
+    monkeypatch.setattr(torchvision.models.ResNet34_Weights, "get_state_dict", lambda self, **given: asked.update(given) or {})
+    assert imagenet_weights("resnet34") == {} and asked["check_hash"]
 
 
 @pytest.mark.parametrize("name, lite", [("compact", "lite0"), ("lite2_at_128", "lite2")])

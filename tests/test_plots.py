@@ -111,7 +111,7 @@ def test_history_shows_where_finished_cycles_end():
 
 
 def test_phases_of_a_run_follow_one_another_on_one_axis():
-    names = [f"round1 {phase} fold {k}" for phase in ("a", "b") for k in (0, 1)]
+    names = [(f"round1 {phase}", f"fold {k}") for phase in ("a", "b") for k in (0, 1)]
     figure = plots.plot_runs({"one": {name: history(4) for name in names}, "two": {names[0]: history(2)}})
     png(figure)
     (ax,) = figure.axes
@@ -128,8 +128,37 @@ def test_predictions_show_image_outlines_and_probability(tiles, n):
     assert len(figure.axes) == 3 * max(n, 1) + (n > 0)  # a bar beside them, no room left blank
 
 
+def test_each_tile_is_drawn_with_its_own(tiles):
+    images, ids, masks = tiles[0][:2], tiles[3][:2], np.zeros((2, 101, 101), bool)
+    masks[0, 10:40, 5:50], masks[1, 20:50, 10:50] = True, True
+    figure = plots.plot_predictions(images, masks, masks * 0.4, ids, np.array([0.25, 0.75]), threshold=0.3)
+    assert all(np.array_equal(ax.images[0].get_array(), shown) for ax, shown in zip(figure.axes, [*images, *images, *(masks * 0.4)]))
+    assert [ax.get_title()[-4:] for ax in figure.axes[:2]] == ["0.25", "0.75"]
+    outlines = [[line.get_paths()[0].get_extents().bounds for line in ax.collections] for ax in figure.axes[2:4]]
+    assert [len(lines) for lines in outlines] == [2, 2] and outlines[0][0] != outlines[1][0] and outlines[0][1] != outlines[1][1]
+    few = plots.plot_tiles(images, masks).axes
+    assert all(np.array_equal(ax.images[0].get_array(), image) and ax.images[0].get_clim() == (0, 255) for ax, image in zip(few, images))
+    assert few[0].collections[0].get_paths()[0].get_extents().bounds != few[1].collections[0].get_paths()[0].get_extents().bounds
+    assert len(plots.plot_section(images[0], masks[0]).axes[0].collections) == 1
+
+
+def test_curves_and_bars_are_those_of_their_data():
+    lines = {line.get_label(): list(line.get_ydata()) for line in plots.plot_history(history(3)).axes[0].lines}
+    assert lines == {"training": list(history(3)["train_loss"]), "validation": list(history(3)["valid_loss"])}
+    figure = plots.plot_scores_by_class(pd.DataFrame({"class": [0, 5], "tiles": [3, 1], "mAP": [1.0, 0.2]}))
+    assert "all 4 tiles, 0.800" in texts(figure) and figure.axes[0].lines[0].get_ydata()[0] == 0.8
+    curve = plots.plot_confidence(np.array([0.5, 0.9, 0.95, 1.0]), 0.9).axes[0].lines[0].get_ydata()
+    assert (curve[0], curve[-1]) == (1, 0)
+    legend = plots.plot_histories({("round1 compact", f"fold {k}"): history(3) for k in (1, 3)}).axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["fold 1", "fold 3"]
+    bins = pd.DataFrame({"probability": [0.1, np.nan, 0.9], "salt": [0.3, np.nan, 0.8], "pixels": [7, 0, 90]})
+    assert np.allclose([bar.get_x() for bar in plots.plot_calibration(bins, 0.1).axes[1].patches], [0, 1 / 3, 2 / 3])
+    bars = {round(bar.get_x()): bar.get_height() for bar in plots.plot_coverage(np.array([0, 0, 0.52])).axes[0].patches}
+    assert bars[50] == 1 and bars[0] == 0
+
+
 def test_histories_have_a_panel_a_phase_and_a_line_a_fold():
-    names = [f"round{r} {phase} fold {k}" for r in (1, 2) for phase in ("compact", "v4") for k in range(3)]
+    names = [(f"round{r} {phase}", f"fold {k}") for r in (1, 2) for phase in ("compact", "v4") for k in range(3)]
     figure = plots.plot_histories({name: history(3) for name in names})
     png(figure)
     shown = [ax for ax in figure.axes if ax.get_visible()]

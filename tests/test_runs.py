@@ -333,7 +333,7 @@ def test_what_a_finished_run_refuses_and_mends(finished, tmp_path):
         ("run", "demo", "--set", "name=mine", "--set", "folds.file=nbs/runs/recipes/demo.yaml"): "demo.yaml",
         **({} if gpu_works() else {("run", "demo", "--set", "name=mine", "--set", "device=cuda"): "Device cuda was asked for, but torch"}),
         ("run", "demo", *SHORT, "--profile", "nonsense", "--dry-run"): "There is no profile nonsense",
-        ("run", "demo", "--set", "name=mine", "--set", "folds.file=nowhere.csv"): "nowhere.csv is missing",
+        ("run", "demo", "--set", "name=mine", "--set", "folds.file=nowhere.csv"): "There is no file nowhere.csv",
     }.items():
         refused = salt(project, *args, check=False)
         assert refused.returncode == 1 and said in refused.stderr, (args, refused.stderr)
