@@ -474,7 +474,7 @@ def expected_cost(
             passes[recipe.rounds[step.round].phases[step.phase].model] += training_passes(recipe, step)
     lines = []
     for model, n in passes.items():
-        in_bench = "_at_" not in model if gpu else model == "compact"  # it trains these there
+        in_bench = "_at_" not in model if gpu else model == "compact"  # salt bench trains these
         bench = ", or run salt bench --json outputs/bench.json," if in_bench else ""
         time = (
             f"{n / rates[model] / 3600:.2f} {hours} at the measured {rates[model]:.0f} a second" if model in rates
