@@ -99,7 +99,6 @@ def hypercolumn(
     "All maps at the size of the first, stacked."
     return torch.cat([maps[0], *(upsample(x, maps[0].shape[2:]) for x in maps[1:])], 1)
 
-
 # %% ../nbs/07_models.ipynb #74880a0b
 class PyramidAttention(nn.Module):
     "Feature pyramid attention: height and width must be multiples of 4."
