@@ -610,7 +610,7 @@ def read_predictions(
 def check_same_tiles(
     runs: dict[str, RunStep],  # of `open_runs`
 ) -> None:
-    "`SaltError` if the runs predicted different test tiles, or have no scored tile in common."
+    "`SaltError` if the runs predicted different test tiles, or scored other train tiles than the first has."
     first, *others = (PredictionStore(run.folder / "predictions.zarr") for run in runs.values())
     for store in others:
         if different := set(first.ids) ^ set(store.ids):
@@ -618,22 +618,29 @@ def check_same_tiles(
                 f"{store.path} holds other test tiles than {first.path} ({len(different)} differ, {min(different)} first): "
                 "give runs on the same data."
             )
-    if tile_scores(runs).dropna().empty:
-        raise SaltError(f"{', '.join(runs)} have no scored tile in common: give runs on the same data.")
+    run = next(iter(runs.values()))
+    if strange := set(tile_scores(runs).index) - set(read_table(run.folder_of("prepare") / "folds.csv")["id"]):
+        raise SaltError(
+            f"{min(strange)}, which another run scored, is no train tile of {run.recipe.name} ({len(strange)} such tiles): "
+            "give runs on the same data."
+        )
 
 
 def blend_scores(
     runs: dict[str, RunStep],  # of `open_runs`
     weights: list[float],  # of each run's predictions
     train: Tiles,
-) -> pd.DataFrame:  # a row a tile that all runs scored; precision of the weighted mean, then of each run
-    "What the mean of the runs scores out of fold."
-    scores = tile_scores(runs).dropna()
-    ensembles, precision = [open_ensemble(run) for run in runs.values()], []
+) -> pd.DataFrame:  # a row a tile that any run scored: precision of the weighted mean, then of each run; NaN where a run did not score it
+    "What the mean of the runs scores out of fold: on each tile the mean of those that scored it, as the others may have learned from it."
+    scores = tile_scores(runs)
+    scored, ensembles, precision = scores.notna().to_numpy(), [open_ensemble(run) for run in runs.values()], []
     for rows in in_pieces(len(scores)):
         tiles = train[train.rows(scores.index[rows].to_numpy(str))]
-        probs = [read_out_of_fold(run, ensemble, tiles.ids) for run, ensemble in zip(runs.values(), ensembles)]
-        precision.append(precision_at_iou(np.average(probs, axis=0, weights=weights) > 0.5, tiles.masks))
+        total = np.zeros((len(tiles), SIZE, SIZE))
+        for run, ensemble, weight, own in zip(runs.values(), ensembles, weights, scored[rows].T):
+            total[own] += weight * read_out_of_fold(run, ensemble, tiles.ids[own])
+        half = scored[rows] @ weights / 2
+        precision.append(precision_at_iou(total > half[:, None, None], tiles.masks))
     scores.insert(0, "weighted mean", np.concatenate(precision))
     return scores
 
@@ -644,7 +651,10 @@ def blend_lines(
 ) -> str:  # a line for the mean and for each run
     "What `blend_scores` found, in words for the terminal."
     contaminated = contaminated_scores(scores, runs)
-    return "\n".join(f"{name}: {score_line(score(values.to_numpy()), len(values), name in contaminated)}" for name, values in scores.items())
+    lines = [f"{name}: {score_line(score(own.to_numpy()), len(own), name in contaminated)}" for name, values in scores.items() for own in [values.dropna()]]
+    if len(by_all := scores.dropna()) < len(scores):
+        lines.append(f"{len(by_all)} of {len(scores)} tiles were scored by every run; each of the others counts in the mean of those that scored it.")
+    return "\n".join(lines)
 
 
 def blend_masks(

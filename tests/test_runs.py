@@ -217,9 +217,14 @@ def test_runs_are_averaged(finished, tmp_path):
     one, own = (pd.read_csv(project / "outputs" / run / "submission.csv", dtype=str, keep_default_na=False) for run in ("mean", "demo"))
     masks, expected = (np.array([rle_decode(rle) for rle in table["rle_mask"]]) for table in (one, own))
     assert (one["id"] == own["id"]).all() and expected.any() and (masks == expected).mean() > 0.999
-    salt(project, "blend", "demo", "other=3", "--out", "outputs/contrary")
+    table = other / "round2/ensemble/out_of_fold.csv"  # as if the other run had fold 1 alone
+    own = pd.read_csv(table, dtype={"id": str}).query("fold == 1")
+    own.to_csv(table, index=False)
+    reseal(table.parent)
+    text = salt(project, "blend", "demo", "other=3", "--out", "outputs/contrary").stdout
+    assert f"{len(own)} of {len(demo)} tiles were scored by every run" in text
     contrary = pd.read_csv(project / "outputs/contrary/out_of_fold.csv", dtype={"id": str}).set_index("id")["weighted mean"]
-    assert contrary.mean() < 0.5 * demo.mean()
+    assert contrary[own["id"]].mean() < 0.5 * demo[own["id"]].mean() and (contrary[demo.index] == demo).drop(own["id"]).all()
     again = salt(project, "blend", "demo", "other", "--out", "outputs/mean", check=False)
     assert again.returncode == 1 and "not empty" in again.stderr
     store = other / "round2/ensemble/predictions.zarr"
