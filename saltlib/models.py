@@ -418,8 +418,8 @@ class Depthwise:
 def quicken_depthwise(
     network: nn.Module,  # changed in place; names and values of its weights stay
 ) -> None:
-    """Make every depthwise convolution of a network, without bias or holes and padded with zeros, a `Depthwise`:
-    half of a small network's training time on a CPU is saved."""
+    """Make every depthwise convolution of a network, without bias or holes and padded with zeros, a `Depthwise`,
+    which saves 14 to 26 % of a small network's training time on a CPU in bf16, a tenth in float32."""
     for layer in network.modules():
         plain = (
             isinstance(layer, nn.Conv2d) and layer.bias is None and layer.dilation == (1, 1) and layer.padding_mode == "zeros"

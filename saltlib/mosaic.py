@@ -450,7 +450,7 @@ def mosaic_table(
     return pd.DataFrame(places, columns=["id", "mosaic", "row", "column"])
 
 
-CLOSE = "beside it", "in its mosaic", "nowhere near"
+CLOSE = "beside it", "in its mosaic", "no known neighbour"
 
 
 def closest_known(
