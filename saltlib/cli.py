@@ -13,7 +13,7 @@ from pathlib import Path
 from .core import SaltError, gpu_works, project_root, read_json, refuse_place, refuse_used, runs_folder, visible_gpus, write_atomic
 from .new_tiles import predict_folder
 from .recipes import read_recipe, read_run, recipe_folder, run_names
-from .running import SCORE_NOTE, execute_notebook, find_recipe, from_root, is_run, load_recipe, run_recipe, run_step, status_rows
+from .running import SCORE_NOTE, execute_notebook, find_recipe, from_root, holder, is_run, load_recipe, run_recipe, run_step, status_rows
 
 # %% ../nbs/20_cli.ipynb #b5f605ca
 def console():
@@ -51,7 +51,8 @@ def list_runs() -> None:
             continue
         states = [state for _, state, _ in rows]
         scores = [f"{step}: {figures}" for step, state, figures in rows if step.startswith("ensemble") and state == "done"]
-        state = next(state for state in ("running", "failed", "missing", "done") if state in states)
+        at_work = holder(Path("outputs") / name / ".lock")  # also between its steps, and while they wait for a cluster
+        state = "running" if at_work else next(state for state in ("running", "failed", "missing", "done") if state in states)
         found.append((name, state, "; ".join([f"{states.count('done')} of {len(rows)} steps done", *scores[-1:]])))
     print_states(found, ("run", "status", "steps and last score"), f"runs in outputs: {len(found)}")
 
@@ -68,7 +69,8 @@ def show_status(
     os.chdir(root)
     rows = status_rows(recipe, Path(from_root(folder.parent, root)))
     done = sum(state == "done" for _, state, _ in rows)
-    print_states(rows, ("step", "status", "result or error"), f"{recipe.name}: {done} of {len(rows)} steps done")
+    at_work = f", salt run is at work ({worker})" if (worker := holder(folder / ".lock")) else ""
+    print_states(rows, ("step", "status", "result or error"), f"{recipe.name}: {done} of {len(rows)} steps done{at_work}")
     return done == len(rows)
 
 # %% ../nbs/20_cli.ipynb #445b9b36

@@ -67,6 +67,8 @@ def refuse_used(
 ) -> None:
     "`SaltError` if the folder holds anything else, or is a file."
     if folder.exists() and (not folder.is_dir() or {file.name for file in folder.iterdir()} - {*left}):
+        if (folder / "recipe.yaml").exists():
+            raise SaltError(f"{folder} is a run: name another folder for {what}.")
         raise SaltError(f"{folder} is there already and not empty: delete it or name another folder for {what}.")
 
 

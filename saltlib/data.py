@@ -11,7 +11,7 @@ __all__ = ['ID', 'SIZE', 'LARGEST_FILE', 'CHUNK', 'refuse', 'find_rows', 'shown'
            'write_folds', 'read_folds', 'widen', 'PredictionStore']
 
 # %% ../nbs/01_data.ipynb #db61189d
-import contextlib, csv, hashlib, itertools, os, re, shutil, struct, zipfile, zlib
+import contextlib, csv, hashlib, itertools, os, re, shlex, shutil, struct, zipfile, zlib
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -318,7 +318,7 @@ def how_to_mend(
     "What to do about a data folder that is refused."
     if not (Path(root) / "train.csv").exists():
         return "README tells under 'With your Kaggle data' how to get them; --data names another folder."
-    return f"Mend or fetch these files again; salt check-data {root} lists everything that is wrong."
+    return f"Mend or fetch these files again; salt check-data {shlex.quote(str(root))} lists everything that is wrong."
 
 
 def parse_depth(

@@ -420,10 +420,10 @@ def read_recipe(
     for change in changes:
         key, equals, value = change.partition("=")
         try:
-            done = set_value(plain, key.split("."), yaml.safe_load(value)) if equals and key else 0
+            value = yaml.safe_load(value)
         except Exception:  # as above
-            done = 0
-        if not done:
+            raise SaltError(f"--set {change} has a value that is no YAML: write it like 3, 1e-3, name, [0, 1] or {{key: value}}.") from None
+        if not (equals and key and set_value(plain, key.split("."), value)):
             raise SaltError(
                 f"--set {change} changes nothing in {path.name}: write key=value with a key of the recipe, "
                 "such as 'rounds.*.phases.*.epochs=1'."
@@ -658,6 +658,7 @@ def check_settings(
 ) -> None:
     "`SaltError` if finished steps, or interrupted trainings, were made with other settings or another fold file."
     changed, before = {}, begun_settings(recipe, outputs)  # folder -> settings then and now
+    learned = False  # is anything among them that takes long
     for step in recipe_steps(recipe):
         record, now = read_record(folder := step_folder(recipe, step, outputs)), step_arguments(recipe, step)
         if record and step.kind == "prepare" and any(record["inputs"].get(file, sum) != sum for file, sum in fold_file(recipe).items()):
@@ -673,13 +674,16 @@ def check_settings(
             continue
         if then != now:
             changed[folder] = flat_differences(then, now)
+            if then.get("postprocess") != now.get("postprocess"):
+                changed[folder] += "; mosaic rules correct the last round only"
+            learned |= step.kind in ("prepare", "train", "predict")
     if changed:
         first, *others = changed
         names = ", ".join(map(str, others[:10])) + (f" and {len(others) - 10} more" if others[10:] else "")
         raise SaltError(
             f"{first} was made with other settings ({changed[first]}){f'; so were {names}' if others else ''}: "
             "give this run a name of its own with --set name=..., "
-            f"or delete what was made with other settings to make it again."
+            f"or delete what was made with other settings to make it again{'' if learned else '; trainings and predictions stay'}."
         )
 
 

@@ -316,6 +316,8 @@ def find_recipe(
     for path in (recipes / f"{name}.yaml", outputs / name / "recipe.yaml", Path(name) / "recipe.yaml", Path(name)):
         if path.is_file():
             return path
+    if (outputs / name).is_dir():
+        raise SaltError(f"{outputs / name} is no run, or has lost its recipe.yaml: put that back, or give a recipe.")
     raise SaltError(
         f"There is no recipe or run {name}: give a YAML file, a recipe ({', '.join(sorted(p.stem for p in recipes.glob('*.yaml')))}), "
         f"or a run in outputs ({', '.join(run_names(outputs)) or 'none yet'})."

@@ -557,7 +557,7 @@ def compare_scores(
     for name in names[1:]:
         difference = (scores[name] - scores[names[0]]).dropna()
         if difference.empty:
-            raise SaltError(f"{name} and {names[0]} have no scored tile in common: compare runs on the same data.")
+            raise SaltError(f"{name} and {names[0]} have no scored tile in common: compare runs with the same data and a fold in common (folds.use).")
         table[f"{name} - {names[0]}"] = mean_row(difference) | {"better": (difference > 0).sum(), "worse": (difference < 0).sum()}
         if {name, names[0]} & {*contaminated}:
             marked.append(f"{name} - {names[0]}")
@@ -630,9 +630,11 @@ def blend_scores(
     runs: dict[str, RunStep],  # of `open_runs`
     weights: list[float],  # of each run's predictions
     train: Tiles,
-) -> pd.DataFrame:  # a row a tile that any run scored: precision of the weighted mean, then of each run; NaN where a run did not score it
+) -> pd.DataFrame:  # a row a tile that all runs scored: precision of the weighted mean, then of each run; if there is none, any run, and NaN where one did not
     "What the mean of the runs scores out of fold: on each tile the mean of those that scored it, as the others may have learned from it."
     scores = tile_scores(runs)
+    if len(by_all := scores.dropna()):
+        scores = by_all
     scored, ensembles, precision = scores.notna().to_numpy(), [open_ensemble(run) for run in runs.values()], []
     for rows in in_pieces(len(scores)):
         tiles = train[train.rows(scores.index[rows].to_numpy(str))]
@@ -652,8 +654,8 @@ def blend_lines(
     "What `blend_scores` found, in words for the terminal."
     contaminated = contaminated_scores(scores, runs)
     lines = [f"{name}: {score_line(score(own.to_numpy()), len(own), name in contaminated)}" for name, values in scores.items() for own in [values.dropna()]]
-    if len(by_all := scores.dropna()) < len(scores):
-        lines.append(f"{len(by_all)} of {len(scores)} tiles were scored by every run; each of the others counts in the mean of those that scored it.")
+    if scores.isna().any(axis=None):
+        lines.append("No tile was scored by every run: each counts with those that scored it. How good the mean of all of them is, is not known.")
     return "\n".join(lines)
 
 

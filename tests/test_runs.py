@@ -222,9 +222,9 @@ def test_runs_are_averaged(finished, tmp_path):
     own.to_csv(table, index=False)
     reseal(table.parent)
     text = salt(project, "blend", "demo", "other=3", "--out", "outputs/contrary").stdout
-    assert f"{len(own)} of {len(demo)} tiles were scored by every run" in text
+    assert text.count(f", {len(own)} tiles)") == 3
     contrary = pd.read_csv(project / "outputs/contrary/out_of_fold.csv", dtype={"id": str}).set_index("id")["weighted mean"]
-    assert contrary[own["id"]].mean() < 0.5 * demo[own["id"]].mean() and (contrary[demo.index] == demo).drop(own["id"]).all()
+    assert contrary[own["id"]].mean() < 0.5 * demo[own["id"]].mean()
     again = salt(project, "blend", "demo", "other", "--out", "outputs/mean", check=False)
     assert again.returncode == 1 and "not empty" in again.stderr
     store = other / "round2/ensemble/predictions.zarr"
@@ -255,7 +255,7 @@ def test_pseudo_labels_of_a_fold_come_from_its_own_models(finished):
         assert "demo/round1/ensemble" in learned["inputs"] and learned["arguments"]["clean_pseudo_labels"]
         alone = json.loads((run / f"round1/compact/fold{fold}/train/record.json").read_text())
         chosen = not_black & (table["confidence"] >= 0.5)
-        assert learned["metrics"]["tiles"] == alone["metrics"]["tiles"] + chosen.sum()
+        assert learned["metrics"]["train_tiles"] == alone["metrics"]["train_tiles"] + chosen.sum()
         assert f"(train+pseudo, {chosen.sum()} with pseudo-labels)" in (run / f"round2/compact/fold{fold}/train/train.ipynb").read_text()
         assert "contaminated" not in learned["metrics"]
 
@@ -577,10 +577,10 @@ def test_a_training_needs_only_the_pseudo_labels_of_the_round_before(finished, t
         finished[0] / "outputs/demo", run,
         ignore=shutil.ignore_patterns("predictions.zarr", "out_of_fold.csv", "submission.csv", "ends.json", "round2", "report"),
     )
-    learned = read_record(finished[0] / "outputs/demo/round2/compact/fold0/train")["metrics"]["tiles"]
+    learned = read_record(finished[0] / "outputs/demo/round2/compact/fold0/train")["metrics"]["train_tiles"]
     assert len(training_tiles(open_step("train", run / "recipe.yaml", "round2", "compact", 0))[0]) == learned
     thrice = read_recipe(run / "recipe.yaml", ["rounds.round2.phases.compact.repeat_train=3"])
-    alone = read_record(run / "round1/compact/fold0/train")["metrics"]["tiles"]
+    alone = read_record(run / "round1/compact/fold0/train")["metrics"]["train_tiles"]
     (run / "recipe.yaml").write_text(yaml.safe_dump(thrice.model_dump(mode="json")))
     assert len(training_tiles(open_step("train", run / "recipe.yaml", "round2", "compact", 0))[0]) == learned + 2 * alone
     labels = run / "round1/ensemble/pseudo_labels/fold0.csv"
