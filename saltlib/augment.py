@@ -126,7 +126,7 @@ class EpochSampler(Sampler):
         rows = rng.integers(self.n, size=self.draws) if self.draws else rng.permutation(self.n)
         if self.skip_easy:
             kept = rows[~(self.easy[rows] & (rng.random(len(rows)) < self.skip_easy))]
-            rows = kept if len(kept) >= self.batch_size else rows  # never an epoch without a batch
+            rows = kept if len(kept) > 1 else rows  # never an epoch without a batch
         self.epoch, self.rows = epoch, rows.tolist()
 
     def __len__(self) -> int:

@@ -33,9 +33,9 @@ def print_states(
     from rich.table import Table
 
     colours = {"done": "green", "running": "blue", "failed": "red", "missing": "yellow"}
-    table = Table(*columns, title=title, caption=SCORE_NOTE if any("mAP" in text for _, _, text in rows) else None)
+    table = Table(*columns, title=escape(title), caption=SCORE_NOTE if any("mAP" in text for _, _, text in rows) else None)
     for name, state, text in rows:
-        table.add_row(name, f"[{colours[state]}]{state}[/]", escape(text))
+        table.add_row(escape(name), f"[{colours[state]}]{state}[/]", escape(text))
     console().print(table)
 
 
@@ -95,7 +95,7 @@ def compare_runs(
         "out-of-fold scores, 95 % intervals, differences tile by tile": compare_scores(scores, runs),
         "tiles that changed most": most_changed(scores).round(2),
     }.items():
-        table = Table("", *map(str, rows.columns), title=title)
+        table = Table("", *(escape(str(column)) for column in rows.columns), title=title)
         for row in rows.itertuples():
             table.add_row(*("" if str(v) in ("<NA>", "nan") else escape(str(v)) for v in row))
         console().print(table)

@@ -151,13 +151,18 @@ def set_seed(
 
 # %% ../nbs/00_core.ipynb #60801c47
 def visible_gpus() -> list[str]:  # names, as CUDA_VISIBLE_DEVICES has them
-    "The GPUs that this process may use."
+    "The GPUs that this process may use. `SaltError` if the driver on the disk is no longer the one at work, as after an update."
     if not shutil.which("nvidia-smi"):
         return []
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:  # CUDA reads it up to the first name of nothing, such as -1
         return list(takewhile(re.compile(r"\d+$|GPU-|MIG-").match, map(str.strip, named.split(","))))
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.splitlines()
-    return [str(k) for k in range(sum(line.startswith("GPU ") for line in listed))]
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    if listed.returncode == 18:  # NVML_ERROR_LIB_RM_VERSION_MISMATCH; a machine without a GPU has others
+        raise SaltError(
+            f"nvidia-smi can't list the GPUs ({' '.join((listed.stdout + listed.stderr).split())}): restart the machine, "
+            "or do without them: CUDA_VISIBLE_DEVICES=-1 before the command."
+        )
+    return [str(k) for k in range(sum(line.startswith("GPU ") for line in listed.stdout.splitlines()))]
 
 
 def gpu_works() -> bool:
@@ -213,7 +218,10 @@ def autocast(
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 # %% ../nbs/00_core.ipynb #fea8d1a1
-PACKAGES = ("saltlib", "torch", "torchvision", "fastai", "segmentation-models-pytorch", "timm", "albumentations", "openvino", "numpy", "pandas", "zarr")
+PACKAGES = (
+    "saltlib", "torch", "torchvision", "fastai", "segmentation-models-pytorch", "timm", "albumentations", "openvino", "opencv-python-headless",
+    "numpy", "scipy", "pandas", "zarr",
+)
 
 
 def versions() -> dict[str, str]:
@@ -309,7 +317,7 @@ class RunRecord:
     step: str  # 'prepare', 'train', 'predict', 'ensemble', 'report'
     arguments: dict  # plain values: all that decides the result
     device: str = "cpu"
-    started: float = field(default_factory=time.time)
+    started: float = field(default_factory=time.perf_counter)
 
     def finish(
         self,
@@ -321,7 +329,7 @@ class RunRecord:
         record = {
             "step": self.step, "status": "done", "arguments": self.arguments, "metrics": metrics,
             "inputs": inputs or {}, "files": {name: checksum(Path(self.folder) / name) for name in files},
-            "seconds": round(time.time() - self.started, 1), "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seconds": round(time.perf_counter() - self.started, 1), "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "device": self.device, "host_cores": os.cpu_count(), "threads": sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 1,
             "versions": versions(), "commit": git_commit(),
         }

@@ -295,7 +295,7 @@ def stack_tiles(
 class Tiles:
     "Tiles of a split, row by row."
 
-    ids: np.ndarray  # [N] str, each once
+    ids: np.ndarray  # [N] str, each once, but where `repeat_train` of a recipe repeats them
     images: np.ndarray  # uint8 [N,101,101]
     masks: np.ndarray | None  # bool [N,101,101]; None for test tiles
     depths: np.ndarray  # int [N], feet

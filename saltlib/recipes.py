@@ -263,7 +263,7 @@ class Recipe(Strict):
     @field_validator("data")
     @classmethod
     def one_spelling(cls, folder):  # data/demo/ is no other folder than data/demo
-        return os.path.normpath(folder)
+        return str(Path(folder))
 
     @model_validator(mode="after")
     def names_exist(self):
@@ -563,7 +563,8 @@ def find_run(
     outputs: str | Path,  # the project's outputs folder
 ) -> Path | None:  # its folder; None if there is none
     "Where a run lies that was begun."
-    return next((folder for folder in (Path(run), Path(outputs) / run) if (folder / "recipe.yaml").is_file()), None)
+    places = Path(os.path.abspath(run)), Path(outputs) / run  # of "." the name counts, too
+    return next((folder for folder in places if (folder / "recipe.yaml").is_file()), None)
 
 
 def read_run(

@@ -203,7 +203,8 @@ class Progress:
         is_done: Callable[[str], bool],  # has this step left its record?
     ):
         self.name, self.work, self.epochs, self.is_done = name, work, epochs, is_done
-        self.last, self.before, self.others, self.started = {}, {}, deque(maxlen=20), time.time()  # before: share of a training that was done when it began
+        self.last, self.others, self.started = {}, deque(maxlen=20), time.perf_counter()
+        self.before = {}  # share of a training that was done when it began
 
     def hear(self, line: str) -> None:
         "Take note of a line of output."
@@ -229,7 +230,7 @@ class Progress:
         "Time left at the speed so far, to which the epochs of an earlier call do not count."
         left = sum((1 - self.share(step)) * work for step, work in self.work.items())
         done = sum((self.share(step) - self.before.get(step, 0)) * work for step, work in self.work.items())
-        return (time.time() - self.started) * left / done if done > 0.02 * (done + left) else None
+        return (time.perf_counter() - self.started) * left / done if done > 0.02 * (done + left) else None
 
     def table(self):  # for rich
         "The steps at work."
@@ -240,7 +241,7 @@ class Progress:
             return timedelta(seconds=int(seconds))
 
         done, left = sum(map(self.is_done, self.work)), self.seconds_left()
-        title = f"{self.name}: {done} of {len(self.work)} steps done, {clock(time.time() - self.started)} so far"
+        title = f"{self.name}: {done} of {len(self.work)} steps done, {clock(time.perf_counter() - self.started)} so far"
         if left is not None:
             title += f", about {clock(left)} left"
         table = Table("running", "done", "mAP", "tiles/s", "last line", title=title, caption=SCORE_NOTE)

@@ -344,11 +344,11 @@ def print_tenths(
     total: int,  # tiles in all
 ) -> None:
     "Use up the iterator and print a line for every tenth of the tiles."
-    started, said = time.time(), 0
+    started, said = time.perf_counter(), 0
     for done in stored:
         if 10 * done // total > said:
             said = 10 * done // total
-            print(f"{done} of {total} tiles, {time.time() - started:.0f} s", flush=True)
+            print(f"{done} of {total} tiles, {time.perf_counter() - started:.0f} s", flush=True)
 
 # %% ../nbs/15_steps.ipynb #389638fa
 def round_ensemble(
@@ -561,7 +561,8 @@ def compare_scores(
         table[f"{name} - {names[0]}"] = mean_row(difference) | {"better": (difference > 0).sum(), "worse": (difference < 0).sum()}
         if {name, names[0]} & {*contaminated}:
             marked.append(f"{name} - {names[0]}")
-    table = pd.DataFrame.from_dict(table, orient="index").astype({"better": "Int64", "worse": "Int64"})
+    table = pd.DataFrame.from_dict(table, orient="index").reindex(columns=["tiles", "mAP", "low", "high", "better", "worse"])
+    table = table.astype({"better": "Int64", "worse": "Int64"})
     return table.assign(remark=np.where(table.index.isin(marked), "contaminated", "")) if marked else table
 
 

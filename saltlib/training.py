@@ -315,10 +315,10 @@ class History(Callback):
         self.model_name, self.rows = model_name, rows
 
     def before_train(self):
-        self.started, self.losses = time.time(), {True: [], False: []}
+        self.started, self.losses = time.perf_counter(), {True: [], False: []}
 
     def before_validate(self):
-        self.trained, self.precisions = time.time(), []
+        self.trained, self.precisions = time.perf_counter(), []
 
     def after_batch(self):
         self.losses[self.training].append((self.loss.detach() * len(self.tile_masks), len(self.tile_masks)))
@@ -333,7 +333,7 @@ class History(Callback):
     def after_epoch(self):
         if self.epoch < len(self.rows):  # skipped: it was done before the interruption
             return
-        now, learning, valid_loss = time.time(), self.trained - self.started, self.mean_loss(False)
+        now, learning, valid_loss = time.perf_counter(), self.trained - self.started, self.mean_loss(False)
         if not math.isfinite(valid_loss):  # FiniteLoss sees what a step makes of the weights only in the next one, and an epoch's last has none
             raise SaltError(
                 f"The validation loss of epoch {self.epoch} became {valid_loss}: the last steps spoiled the weights. Lower the learning rate, "
@@ -372,7 +372,7 @@ class Checkpoint(Callback):
             write_atomic(self.folder / "history.csv", pd.DataFrame(self.history.rows).to_csv(index=False))
 
     def before_fit(self):
-        if self.scaler:
+        if self.scaler and hasattr(self.learn, "scaler"):  # in bf16 or on a CPU there is none
             self.learn.scaler.load_state_dict(self.scaler)
         self.keep()  # what belongs to the epoch after which an interrupted training goes on
 

@@ -344,6 +344,7 @@ def test_the_end_of_a_run_is_the_end_of_all_its_processes(tmp_path, number, quie
         deadline = time.time() + 60
         while len(workers(tmp_path)) < 3 and time.time() < deadline:
             time.sleep(0.1)
+        assert len(workers(tmp_path)) >= 3
         run.send_signal(number)
         run.wait(60)
         assert workers(tmp_path) == []

@@ -56,7 +56,7 @@ def test_predictions(tmp_path):
     """) == "whole\n"
 
 
-def test_a_checkpoint_and_the_copies_beside_it(tmp_path):
+def test_a_file_that_is_written_at_once(tmp_path):
     "The earlier file stays as it was, and no half of the new one is left."
     assert on_small_disk(tmp_path / "disk", "3m", """
         from saltlib.core import write_atomic
