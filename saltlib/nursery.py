@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-from ipykernel.kernelspec import make_ipkernel_cmd
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.provisioning import LocalProvisioner
@@ -160,5 +159,6 @@ class NurseryManager(AsyncKernelManager):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         # This Python, whatever kernel of the user's own is called python3.
-        self._kernel_spec = KernelSpec(argv=make_ipkernel_cmd(), display_name="Python 3", language="python")
+        command = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        self._kernel_spec = KernelSpec(argv=command, display_name="Python 3", language="python")
         self.provisioner = NurseryProvisioner(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
