@@ -659,7 +659,7 @@ def check_settings(
 ) -> None:
     "`SaltError` if finished steps, or interrupted trainings, were made with other settings or another fold file."
     changed, before = {}, begun_settings(recipe, outputs)  # folder -> settings then and now
-    learned = False  # is anything among them that takes long
+    outdated, costly = set(), False  # costly: is a training or prediction made again if what was made with other settings is deleted?
     for step in recipe_steps(recipe):
         record, now = read_record(folder := step_folder(recipe, step, outputs)), step_arguments(recipe, step)
         if record and step.kind == "prepare" and any(record["inputs"].get(file, sum) != sum for file, sum in fold_file(recipe).items()):
@@ -674,17 +674,18 @@ def check_settings(
         else:
             continue
         if then != now:
+            outdated.add(step)
             changed[folder] = flat_differences(then, now)
             if then.get("postprocess") != now.get("postprocess"):
                 changed[folder] += "; mosaic rules correct the last round only"
-            learned |= step.kind in ("prepare", "train", "predict")
+        costly |= step.kind in ("prepare", "train", "predict") and not outdated.isdisjoint([step, *step_inputs(recipe, step)])
     if changed:
         first, *others = changed
         names = ", ".join(map(str, others[:10])) + (f" and {len(others) - 10} more" if others[10:] else "")
         raise SaltError(
             f"{first} was made with other settings ({changed[first]}){f'; so were {names}' if others else ''}: "
             "give this run a name of its own with --set name=..., "
-            f"or delete what was made with other settings to make it again{'' if learned else '; trainings and predictions stay'}."
+            f"or delete what was made with other settings to make it again{'' if costly else '; trainings and predictions stay'}."
         )
 
 

@@ -654,7 +654,10 @@ def blend_lines(
 ) -> str:  # a line for the mean and for each run
     "What `blend_scores` found, in words for the terminal."
     contaminated = contaminated_scores(scores, runs)
-    lines = [f"{name}: {score_line(score(own.to_numpy()), len(own), name in contaminated)}" for name, values in scores.items() for own in [values.dropna()]]
+    lines = []
+    for name in scores:
+        own = scores[name].dropna().to_numpy()
+        lines.append(f"{name}: {score_line(score(own), len(own), name in contaminated)}")
     if scores.isna().any(axis=None):
         lines.append("No tile was scored by every run: each counts with those that scored it. How good the mean of all of them is, is not known.")
     return "\n".join(lines)

@@ -294,7 +294,7 @@ def make_tiles(
 def make_dataset(
     root: str | Path,  # folder to make; it may exist if it is empty
     n_sections: int,  # 1 or more
-    seed: int,  # 0 or more; the same seed gives the same bytes (the same images but for some pixels on a CPU without AVX2, where OpenCV rounds otherwise)
+    seed: int,  # 0 or more; the same seed gives the same bytes; on a CPU without AVX2, OpenCV rounds some pixels otherwise
     train_share: float = 0.6,  # share of the tiles that have masks, between 0 and 1
     height_tiles: int = 5,  # rows of tiles in a section
     width_tiles: int = 8,  # tiles in a row
