@@ -1,5 +1,5 @@
 # The one way to set up: uv in .uv/, the environment in .venv/, both from requirements.lock.
-# PYTHON is the interpreter that the environment is made from (3.11 or newer).
+# PYTHON is the interpreter that the environment is made from (3.11 to 3.13).
 PYTHON ?= python3
 UV := .uv/bin/uv
 # As pip does, uv trusts what the system trusts, a company's own mirror included.

@@ -323,7 +323,7 @@ class RunRecord:
         self,
         metrics: dict,  # numbers that the step measured
         files: list[str],  # the step's results, relative to its folder; their checksums are recorded
-        inputs: dict[str, str] | None = None,  # results of other steps that were used: path -> checksum in their record
+        inputs: dict[str, str] | None = None,  # results of other steps that were used: path -> checksum
     ) -> dict:  # the record as written
         "Write `record.json`: from now on the step counts as done."
         record = {

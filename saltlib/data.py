@@ -543,10 +543,11 @@ def make_folds(
     ids: np.ndarray,  # [N] all train and test ids
     depths: np.ndarray,  # int [N], feet
     n: int = 5,  # number of folds
-    groups: np.ndarray | None = None,  # int [N]; the same number: the same fold; negative: a group of its own
+    groups: np.ndarray | None = None,  # numbers or names [N]; the same one: the same fold; a negative number: a group of its own
     coverage: np.ndarray | None = None,  # float [N], share of salt, 0..1; negative or NaN where not known (test tiles)
 ) -> np.ndarray:  # int [N], 0..n-1
-    "Fold of each tile: by depth, or by groups balanced in number and coverage. `SaltError` on ids that are there twice, unequal lengths, or too few tiles."
+    """Fold of each tile: by depth, or by groups balanced in number and coverage. `SaltError` on ids that are there twice, unequal lengths, too few tiles,
+    or groups that are neither numbers nor names."""
     ids, depths = np.asarray(ids, dtype=str), np.asarray(depths)
     if any(len(given) != len(ids) for given in (depths, groups, coverage) if given is not None):
         raise SaltError("Folds need ids, depths, groups and coverage of the same length.")
@@ -556,7 +557,11 @@ def make_folds(
     if groups is None and coverage is None:
         folds[order] = np.arange(len(ids)) % n
     else:
-        groups = np.full(len(ids), -1) if groups is None else np.asarray(groups)
+        groups = np.full(len(ids), -1) if groups is None else np.array(np.asarray(groups).tolist())
+        if groups.dtype.kind == "U":
+            groups = np.unique(groups, return_inverse=True)[1]
+        elif groups.dtype.kind not in "iuf" or np.isnan(groups).any():
+            raise SaltError("Groups must be a number or a name for each tile: -1 for a tile that belongs to none.")
         coverage = np.full(len(ids), np.nan) if coverage is None else np.asarray(coverage, dtype=float)
         folds[order] = deal_groups(groups[order], coverage_strata(coverage[order]), n)
     return folds
@@ -573,7 +578,7 @@ def coverage_strata(
 
 
 def deal_groups(
-    groups: np.ndarray,  # int [N], as in `make_folds`
+    groups: np.ndarray,  # numbers [N], as in `make_folds`
     strata: np.ndarray,  # int [N], class of each tile
     n: int,  # number of folds
 ) -> np.ndarray:  # int [N], 0..n-1

@@ -401,9 +401,11 @@ def assemble(
     neighbors: pd.DataFrame,  # first, second, direction
     n: int,  # number of tiles
 ) -> list[np.ndarray]:  # int grids [rows, columns] of row numbers, -1 = no tile; largest first
-    "The mosaics of 2 tiles or more. `SaltError` if the pairs put a tile in two places or two tiles in one."
+    "The mosaics of 2 tiles or more. `SaltError` if the pairs put a tile in two places or two tiles in one, or name a tile or a direction that there is not."
     around = {}
     for a, b, d in neighbors[["first", "second", "direction"]].itertuples(index=False):
+        if d not in STEP:
+            raise SaltError(f"The pair {a}, {b} has the direction {d!r}: it must be one of {', '.join(STEP)}.")
         down, right = STEP[d]
         if not (0 <= a < n and 0 <= b < n):
             raise SaltError(f"The pair {a}, {b} names a tile that is not there: there are {n}.")

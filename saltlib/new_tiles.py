@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_V5', 'PUBLISHED_BES', 'Member', 'published_members', 'read_run_ends', 'run_members', 'find_members',
-           'reserve', 'predict_folder']
+           'reserve', 'load_member', 'predict_members', 'predict_folder']
 
 # %% ../nbs/19_new_tiles.ipynb #f4df4117
 import os, re, shutil
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from .core import SaltError, pick_device, project_root, read_record, refuse_place
 from .recipes import Step, find_run, full_name, read_run, step_folder
@@ -117,6 +120,45 @@ def reserve(
                 raise SaltError(f"{problem} ({error.strerror}, {os.path.getsize(path) / 2**20:.0f} MiB): make room or name another place.") from None
 
 
+def load_member(
+    member: Member,
+) -> "torch.nn.Module":
+    "Its network. `SaltError` if the file is damaged."
+    from saltlib.inference import load_networks
+    from saltlib.published import load_published
+
+    return load_networks(member.model, [member.path])[0] if member.path.suffix == ".safetensors" else load_published(member.path, member.model)
+
+
+def predict_members(
+    members: list[Member],
+    tiles: np.ndarray,  # uint8 [N,101,101]
+    scratch: str | Path,  # an empty folder for the groups' means, which may not fit into memory
+    device: str = "auto",  # 'auto', 'cpu' or 'cuda'
+) -> Iterator[np.ndarray]:  # probabilities, float32 [n,101,101], of some tiles after the other; 0 where a tile is black
+    """What the networks see together: the mean of the groups, each stretched as its members say. Prints a line for each network.
+    `SaltError` if one is damaged, or the disk has no room for the means."""
+    from saltlib.data import is_black
+    from saltlib.ensemble import in_pieces, stretch
+    from saltlib.inference import Predictor
+
+    means = {}
+    for group in dict.fromkeys(m.group for m in members):  # in one order, whatever the hash seed: sums of floats know it
+        means[group] = np.lib.format.open_memmap(file := f"{scratch}/{group}.npy", "w+", np.float32, tiles.shape)
+        reserve(file, f"{Path(scratch).parent} has no room for the probabilities of {len(tiles)} tiles")
+    for k, member in enumerate(members):
+        print(f"network {k + 1} of {len(members)}: {member.path.name} as {member.model}, {len(tiles)} tiles", flush=True)
+        predictor = Predictor(load_member(member), member.model, len(tiles), device=device)
+        part = member.weight / sum(m.weight for m in members if m.group == member.group)
+        for rows in in_pieces(len(tiles)):
+            means[member.group][rows] += part * predictor.start(tiles[rows])()
+    ends = {m.group: m.ends or (float(means[m.group].min()), float(means[m.group].max())) for m in members}
+    for rows in in_pieces(len(tiles)):
+        probs = sum(stretch(mean[rows], *ends[group]) for group, mean in means.items()) / len(means)
+        probs[is_black(tiles[rows])] = 0
+        yield probs
+
+
 def predict_folder(
     images: str | Path,  # folder of ID.png
     models: str | Path,  # as in `find_members`
@@ -124,12 +166,7 @@ def predict_folder(
     device: str = "auto",  # 'auto', 'cpu' or 'cuda'
 ) -> None:
     "Mask every tile of a folder. `SaltError` before work begins if the tiles, the networks or the place for the result are not in order."
-    import numpy as np
-
-    from saltlib.data import encode_masks, is_black, load_images, write_rle_csv
-    from saltlib.ensemble import in_pieces, stretch
-    from saltlib.inference import Predictor, load_networks
-    from saltlib.published import load_published
+    from saltlib.data import encode_masks, load_images, write_rle_csv
 
     out = Path(out)
     refuse_place(out, "The result")
@@ -138,33 +175,13 @@ def predict_folder(
     pick_device(device)
     members = find_members(models)
     ids, tiles = load_images(images)
-
-    def load(member: Member):
-        return load_networks(member.model, [member.path])[0] if member.path.suffix == ".safetensors" else load_published(member.path, member.model)
-
     for member in {member.path: member for member in members}.values():
-        load(member)  # a damaged one is refused before the others have worked
+        load_member(member)  # a damaged one is refused before the others have worked
     scratch = out.with_name(f".{out.name}.part")
     shutil.rmtree(scratch, ignore_errors=True)  # of a call that was killed
     try:
         scratch.mkdir()
-        means = {}
-        for group in dict.fromkeys(m.group for m in members):  # in one order, whatever the hash seed: sums of floats know it
-            means[group] = np.lib.format.open_memmap(file := f"{scratch}/{group}.npy", "w+", np.float32, tiles.shape)
-            reserve(file, f"{out.parent} has no room for the probabilities of {len(ids)} tiles")
-        for k, member in enumerate(members):
-            print(f"network {k + 1} of {len(members)}: {member.path.name} as {member.model}, {len(ids)} tiles", flush=True)
-            network = load(member)
-            part = member.weight / sum(m.weight for m in members if m.group == member.group)
-            predictor = Predictor(network, member.model, len(ids), device=device)
-            for rows in in_pieces(len(ids)):
-                means[member.group][rows] += part * predictor.start(tiles[rows])()
-        ends = {m.group: m.ends or (float(means[m.group].min()), float(means[m.group].max())) for m in members}
-        codes = []
-        for rows in in_pieces(len(ids)):
-            black = is_black(tiles[rows])[:, None, None]
-            parts = [stretch(mean[rows], *ends[group]) for group, mean in means.items()]
-            codes += encode_masks(~black & (sum(parts) / len(parts) > 0.5))
+        codes = [code for probs in predict_members(members, tiles, scratch, device) for code in encode_masks(probs > 0.5)]
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     write_rle_csv(out, ids, codes)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Name', 'PhaseName', 'Snapshots', 'ModelName', 'OPTIONAL', 'Strict', 'AdamW', 'RMSprop', 'SGD', 'OneCycle', 'Plateau',
            'Cosine', 'PseudoLabels', 'Synthetic', 'same_network', 'Phase', 'Members', 'Round', 'Folds', 'Recipe',
-           'full_name', 'set_value', 'count_values', 'refuse_duplicate_keys', 'in_words', 'parse_recipe', 'read_recipe',
-           'Step', 'fold_of', 'members', 'recipe_steps', 'find_step', 'previous_round', 'step_inputs',
-           'trainings_beside', 'is_contaminated', 'recipe_folder', 'find_run', 'read_run', 'run_names', 'step_folder',
+           'full_name', 'set_value', 'count_values', 'RecipeLoader', 'in_words', 'parse_recipe', 'read_recipe', 'Step',
+           'fold_of', 'members', 'recipe_steps', 'find_step', 'previous_round', 'step_inputs', 'trainings_beside',
+           'is_contaminated', 'recipe_folder', 'find_run', 'read_run', 'run_names', 'step_folder', 'part_read',
            'input_checksums', 'rules_in_use', 'step_arguments', 'fold_file', 'begun_settings', 'check_settings',
            'write_recipe']
 
@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from .core import SaltError, checksum, flat_differences, read_record, write_atomic
+from .core import SaltError, checksum, flat_differences, read_record, seal, write_atomic
 
 # %% ../nbs/14_recipes.ipynb #70cdf087
 class Strict(BaseModel):
@@ -236,7 +236,7 @@ class Round(Strict):
 class Folds(Strict):
     "How the train tiles are split, and which folds are run."
     n: int = Field(5, ge=2)
-    use: tuple[int, ...] = (0, 1, 2, 3, 4)  # folds to train, each validated on its own tiles
+    use: tuple[int, ...] = Field(default_factory=lambda given: tuple(range(given["n"])))  # folds to train, each validated on its own tiles; left out: all
     by: Literal["depth", "mosaic"] = "depth"  # as published, or each mosaic in one fold
     file: str | None = None  # a fold file of your own (id,fold) instead
 
@@ -346,22 +346,18 @@ def count_values(
     return size(node)
 
 
-def refuse_duplicate_keys(
-    root: yaml.Node | None,  # of `yaml.compose`
-) -> None:
-    "`ValueError` for a key that stands twice in one place: YAML would take the last one without a word."
-    nodes, seen = [root], set()
-    while nodes:
-        if id(node := nodes.pop()) in seen:  # an alias
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            nodes += node.value
-        elif isinstance(node, yaml.MappingNode):
-            names = [(key.value, key.start_mark.line + 1) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            nodes += [value for _, value in node.value]
-            if twins := [(name, line) for k, (name, line) in enumerate(names) if name in dict(names[:k])]:
-                raise ValueError(f"line {twins[0][1]} has {twins[0][0]} a second time in its place")
+class RecipeLoader(yaml.SafeLoader):
+    "YAML in which a key stands once in its place; PyYAML's own loader takes the last one without a word."
+
+    def compose_mapping_node(self, anchor):
+        "As PyYAML's. `ValueError` for a key that stands there twice."
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise ValueError(f"line {key.start_mark.line + 1} has {key.value} a second time in its place")
+                seen.add(key.value)
+        return node
 
 
 def in_words(
@@ -395,7 +391,7 @@ def parse_recipe(
     try:
         return Recipe.model_validate(plain)
     except ValidationError as error:
-        lines = ["  " + in_words(e) for e in error.errors()]
+        lines = ["  " + in_words(e) for e in error.errors() if e["type"] != "default_factory_not_called"]  # of a key whose default follows from a wrong one
         raise SaltError(f"{where} is not a valid recipe, correct it:\n" + "\n".join(lines)) from None
 
 
@@ -406,8 +402,7 @@ def read_recipe(
     "The recipe in a file, with changes. `SaltError` for an unreadable file, an unknown key or a value out of range."
     path = Path(path)
     try:
-        refuse_duplicate_keys(yaml.compose(text := path.read_text(encoding="utf-8"), yaml.SafeLoader))
-        plain = yaml.safe_load(text)
+        plain = RecipeLoader(path.read_text(encoding="utf-8")).get_single_data()
         largest = count_values(plain)
     except FileNotFoundError:
         raise SaltError(f"{path} is missing; that of a run is written by salt run.") from None
@@ -563,7 +558,7 @@ def find_run(
     outputs: str | Path,  # the project's outputs folder
 ) -> Path | None:  # its folder; None if there is none
     "Where a run lies that was begun."
-    places = Path(os.path.abspath(run)), Path(outputs) / run  # of "." the name counts, too
+    places = Path(outputs) / run, Path(os.path.abspath(run))  # of "." the name counts, too
     return next((folder for folder in places if (folder / "recipe.yaml").is_file()), None)
 
 
@@ -590,14 +585,29 @@ def step_folder(
     return recipe_folder(recipe, outputs).joinpath(*filter(None, (step.round, step.phase, step.whose.replace(" ", ""), step.kind)))
 
 
+def part_read(
+    step: Step,
+    needed: Step,  # one of its `step_inputs`
+) -> str:  # what the names of the files begin with; '': any
+    "Which results of another step decide those of a step."
+    if needed.kind == "train" and step.kind != "report":
+        return "weights/"
+    return "pseudo_labels/" if needed.kind == "ensemble" and step.kind == "train" else ""
+
+
 def input_checksums(
     recipe: Recipe,
     step: Step,
     outputs: str | Path,  # the project's outputs folder
-) -> dict[str, str]:  # record of a finished step, as its folder in `outputs` -> its checksum
-    "What a step reads, as its record keeps it."
-    folders = [step_folder(recipe, needed, outputs) for needed in step_inputs(recipe, step)]
-    return {str(folder.relative_to(outputs)): checksum(folder / "record.json") for folder in folders if (folder / "record.json").exists()}
+) -> dict[str, str | None]:  # folder in `outputs` of a step that it reads -> checksum of what it reads there; None: that step is not done
+    "What a step reads, as its record keeps it: results, not when or where they were made, so a step that is done again with the same ones changes nothing."
+    sums = {}
+    for needed in step_inputs(recipe, step):
+        record = read_record(folder := step_folder(recipe, needed, outputs))
+        sums[str(folder.relative_to(outputs))] = None if record is None else seal(
+            {name: sum for name, sum in record["files"].items() if name.startswith(part_read(step, needed))}
+        )
+    return sums
 
 
 def rules_in_use(

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SCORE_NOTE', 'FOLLOWS', 'check_parameters', 'say', 'LabelledLines', 'execute_notebook', 'hold', 'holder', 'hold_gpu',
            'run_step', 'Progress', 'signal_all', 'interrupt_all', 'watch', 'find_recipe', 'in_outputs', 'is_run',
-           'from_root', 'load_recipe', 'outdated_steps', 'outdated_lines', 'steps_until', 'count_tiles',
-           'training_passes', 'measured_rates', 'expected_cost', 'notebook_error', 'training_progress', 'status_rows',
-           'find_profile', 'report_page', 'clear_outdated', 'snakemake_command', 'give_cache', 'make_progress',
-           'print_outcome', 'refuse_options', 'refuse_fold_file', 'run_recipe']
+           'from_root', 'load_recipe', 'outdated_steps', 'reads_another', 'steps_after', 'next_pass', 'outdated_lines',
+           'steps_until', 'tile_tables', 'count_tiles', 'training_passes', 'measured_rates', 'expected_cost',
+           'notebook_error', 'training_progress', 'status_rows', 'find_profile', 'report_page', 'clear_outdated',
+           'snakemake_command', 'give_cache', 'make_progress', 'print_outcome', 'refuse_options', 'refuse_fold_file',
+           'run_recipe']
 
 # %% ../nbs/18_running.ipynb #e3e2b213
 import contextlib, csv, fcntl, io, json, os, re, shutil, signal, socket, subprocess, sys, tempfile, time
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from .core import SaltError, changed_files, pick_device, project_root, read_json, read_record
+from .core import SaltError, changed_files, checksum, pick_device, project_root, read_json, read_record
 from .core import runs_folder, socket_folder, usable_cores, visible_gpus, write_atomic
 from .data import SIZE, read_by_id, refuse_bad_data
 from .recipes import Recipe, Step, check_settings, find_step, input_checksums, read_recipe, recipe_folder
@@ -178,8 +179,9 @@ def run_step(
             os.environ["CUDA_VISIBLE_DEVICES"], lock = hold_gpu(gpus, per_gpu, Path(tempfile.gettempdir()))
             locks.enter_context(lock)
         if read_record(folder) is None:
-            for left in [path for path in folder.rglob(".*.part") if path.is_file()]:  # a kill came while a file was being written
-                left.unlink()
+            for part in (".*.part", "*.partial"):  # a kill came while a file was being written, by us or by zarr
+                for left in [path for path in folder.rglob(part) if path.is_file()]:
+                    left.unlink()
             if kind == "train" and not (folder / "checkpoint.pt").exists():  # else snapshots of an earlier training would pass for this one's
                 shutil.rmtree(folder / "weights", ignore_errors=True)
             say(str(step), "started")
@@ -376,19 +378,51 @@ def outdated_steps(
     "Steps that are not done, whose results are gone or damaged, or that read something else than what is there now."
     outdated = {}
     for step in recipe_steps(recipe):
-        folder, inputs = step_folder(recipe, step, outputs), step_inputs(recipe, step)
+        folder = step_folder(recipe, step, outputs)
         record = read_record(folder)
         changed = changed_files(folder, record) if record else []
         lost = step.kind == "report" and not (folder / "report.ipynb").exists()  # its page is made from it
-        if (
-            record is None
-            or changed
-            or lost
-            or set(inputs) & outdated.keys()
-            or not input_checksums(recipe, step, outputs).items() <= record["inputs"].items()
-        ):
+        if record is None or changed or lost or reads_another(recipe, step, outputs, record["inputs"]):
             outdated[step] = f"{changed[0]} is missing or no longer what the step '{step}' wrote, which is done again." if changed else ""
     return outdated
+
+
+def reads_another(
+    recipe: Recipe,
+    step: Step,  # finished
+    outputs: Path,
+    read: dict[str, str],  # inputs in its record
+) -> bool:
+    "Would a step now read something else than it did? Of a step that is to be made again nobody knows yet."
+    for name, sum in input_checksums(recipe, step, outputs).items():
+        # Until November 2026, records named the checksums of whole records.
+        if name not in read or sum and read[name] not in (sum, checksum(outputs / name / "record.json")):
+            return True
+    return False
+
+
+def steps_after(
+    recipe: Recipe,
+    steps: Collection[Step],
+) -> list[Step]:  # in the order in which they have to run
+    "What reads their results, at any remove."
+    after = []
+    for step in recipe_steps(recipe):
+        if any(needed in steps or needed in after for needed in step_inputs(recipe, step)):
+            after.append(step)
+    return after
+
+
+def next_pass(
+    recipe: Recipe,
+    wanted: list[Step],  # of `steps_until`
+    outputs: Path,
+) -> tuple[dict[Step, str], list[Step], bool]:  # as `outdated_steps`; those to run now; do finished steps stand or fall with what comes of them?
+    "What is outdated, and which of it can run before it is known whether finished steps stand that follow from it."
+    outdated = outdated_steps(recipe, outputs)
+    finished = [step for step in steps_after(recipe, outdated) if step not in outdated]
+    held = steps_after(recipe, finished)
+    return outdated, [step for step in outdated if step in wanted and step not in held], bool(finished)
 
 
 def outdated_lines(
@@ -396,9 +430,12 @@ def outdated_lines(
     outdated: dict[Step, str],  # of `outdated_steps`, before `clear_outdated`
     outputs: Path,
 ) -> list[str]:  # lines of text
-    "Which results are damaged or gone, and how many finished trainings are done again because they learned from what changes."
+    "Which results are damaged or gone, and how many finished trainings and further steps are done again, or may be, because of what changes."
     again = [step for step, lost in outdated.items() if step.kind == "train" and not lost and read_record(step_folder(recipe, step, outputs))]
+    perhaps = [step.kind for step in steps_after(recipe, outdated) if step not in outdated]
     said = [f"Finished trainings whose inputs are no longer the same, and that are done again: {len(again)}."] if again else []
+    if perhaps:
+        said.append(f"Finished steps that stand if what they read comes out as it was: {len(perhaps)}, trainings among them: {perhaps.count('train')}.")
     return [*filter(None, outdated.values()), *said]
 
 
@@ -418,12 +455,19 @@ def steps_until(
     return steps[: steps.index(Step("ensemble", until)) + 1] if until else steps
 
 # %% ../nbs/18_running.ipynb #b72d4e07
+def tile_tables(
+    data: str | Path,  # data folder
+) -> list[Path]:  # of the train and the test tiles; empty, if there are no data yet
+    "The tables that list a data folder's tiles."
+    tables = [Path(data) / name for name in ("train.csv", "sample_submission.csv")]
+    return tables if all(table.is_file() for table in tables) else []
+
+
 def count_tiles(
     data: str | Path,  # data folder
 ) -> tuple[int, int]:  # train and test tiles; those of the competition, if there are no data yet
     "How many tiles the tables of a data folder list."
-    tables = [Path(data) / name for name in ("train.csv", "sample_submission.csv")]
-    return tuple(len(t.read_bytes().splitlines()) - 1 for t in tables) if all(t.is_file() for t in tables) else (4000, 18_000)
+    return tuple(len(table.read_bytes().splitlines()) - 1 for table in tile_tables(data)) or (4000, 18_000)
 
 
 def training_passes(
@@ -470,6 +514,8 @@ def expected_cost(
     gpu: bool,  # will they run on GPUs?
 ) -> list[str]:  # lines of text
     "Time at the rates measured here, and the disk for predictions."
+    from rich.filesize import decimal
+
     passes, rates, (train, test) = Counter(), measured_rates(outputs, gpu), count_tiles(recipe.data)
     device, hours = ("GPU", "GPU-hours") if gpu else ("CPU", "hours")
     for step in steps:
@@ -483,14 +529,14 @@ def expected_cost(
             f"{n / rates[model] / 3600:.2f} {hours} at the measured {rates[model]:.0f} a second" if model in rates
             else f"not yet measured on a {device} here: train one phase for one epoch{bench} to know the hours"
         )
-        lines.append(f"{model}: at most {n / 1e6:.3g} million tiles through training, {time}")
+        lines.append(f"{model}: at most {float(f'{n:.3g}'):,.0f} tiles through training, {time}")
     if passes and set(passes) <= set(rates):
         beside = "" if gpu else " if one step follows the other, less where trainings run beside each other"
         lines.append(f"All networks: at most {sum(n / rates[model] for model, n in passes.items()) / 3600:.2f} {hours}{beside}.")
     stores = {"predict": train / recipe.folds.n + test, "ensemble": test}
-    guess = [] if Path(recipe.data).is_dir() else [f"{recipe.data} is not there yet: counted with the competition's tiles."]
-    size = sum(stores.get(step.kind, 0) for step in steps) * SIZE**2 * 2  # bytes, in half precision
-    return [*lines, f"Predictions need at most {size / 1e9:.3g} GB of disk ({sum(step.kind in stores for step in steps)} stores).", *guess]
+    if sizes := [int(stores[step.kind] * SIZE**2 * 2) for step in steps if step.kind in stores]:  # bytes, in half precision
+        lines.append(f"Predictions need at most {decimal(sum(sizes))} of disk ({len(sizes)} stores).")
+    return lines if tile_tables(recipe.data) else [*lines, f"{recipe.data} holds no tiles yet: counted with the competition's."]
 
 # %% ../nbs/18_running.ipynb #4dd69a26
 def notebook_error(
@@ -582,17 +628,17 @@ def clear_outdated(
     "Take away the records of steps that have to run again, and what these would otherwise go on with."
     for step in outdated:
         folder = step_folder(recipe, step, outputs)
-        # Snakemake makes a file again only if something that is missing needs it: so what follows from a lost result goes, too,
-        # and a training or prediction that had come to its end begins anew. So does an interrupted one whose weights or pseudo-labels
-        # are made anew: it would be refused, as the new ones may be others.
+        # Snakemake makes what is missing: so the record goes, and a training or prediction that had come to its end begins anew.
+        # So does an interrupted one whose weights or pseudo-labels are made anew: it would be refused, as the new ones may be others.
         if (folder / "record.json").exists() or any(needed.kind in ("train", "ensemble") and needed in outdated for needed in step_inputs(recipe, step)):
             (folder / "checkpoint.pt").unlink(missing_ok=True)
             shutil.rmtree(folder / "predictions.zarr", ignore_errors=True)
             (folder / "record.json").unlink(missing_ok=True)
     page = report_page(recipe, outputs)
-    if outdated or page.exists() and not page.stat().st_size:
+    report = Step("report") in outdated
+    if report or page.exists() and not page.stat().st_size:
         page.unlink(missing_ok=True)
-    if outdated:
+    if report:
         (recipe_folder(recipe, outputs) / "submission.csv").unlink(missing_ok=True)  # the report puts it there again; each ensemble keeps its own
 
 
@@ -714,6 +760,8 @@ def run_recipe(
     new = read_record(prepare) is None
     if new and recipe.folds.file:
         refuse_fold_file(recipe)
+    if new and (tile_tables(recipe.data) or not dry_run):  # what a run would cost can be asked before there are data
+        refuse_bad_data(recipe.data)  # said here at once, before any step begins
     if dry_run:
         outdated = outdated_steps(recipe, outputs)
         steps = [step for step in outdated if step in wanted]
@@ -728,23 +776,24 @@ def run_recipe(
 
     status = 0
     with hold(folder / ".lock", f"A run of {recipe.name}") as lock:
-        if new:
-            refuse_bad_data(recipe.data)  # said here at once, before any step begins
         write_recipe(recipe, outputs)
-        outdated = outdated_steps(recipe, outputs)
-        steps = [step for step in outdated if step in wanted]
-        if not quiet:
-            print(
-                *outdated_lines(recipe, outdated, outputs),
-                f"{recipe.name}: {len(steps)} of {len(recipe_steps(recipe))} steps to run, results in {folder}/", sep="\n", flush=True,
-            )
-        clear_outdated(recipe, outdated, outputs)
-        if steps or not (until or report_page(recipe, outputs).exists()):
-            command = snakemake_command(recipe, outputs, wanted if until else [], cluster, cores or usable_cores(), gpus, per_gpu, use_gpu)
-            with contextlib.nullcontext() if cluster or sys.platform != "linux" else nursery():
-                give_cache(folder)
-                # Snakemake inherits the lock: as long as it works, also after this process was killed, no other run begins.
-                status = watch(command, [lock.fileno()], make_progress(recipe, steps, outputs), quiet, verbose, 60 if cluster else 10)
+        for _ in recipe_steps(recipe):  # at most: each pass gets a step done
+            outdated, steps, perhaps_more = next_pass(recipe, wanted, outputs)
+            if not quiet:
+                print(
+                    *outdated_lines(recipe, outdated, outputs),
+                    f"{recipe.name}: {len(steps)} of {len(recipe_steps(recipe))} steps to run, results in {folder}/", sep="\n", flush=True,
+                )
+            clear_outdated(recipe, outdated, outputs)
+            if steps or not (until or report_page(recipe, outputs).exists()):
+                targets = steps if perhaps_more else wanted if until else []
+                command = snakemake_command(recipe, outputs, targets, cluster, cores or usable_cores(), gpus, per_gpu, use_gpu)
+                with contextlib.nullcontext() if cluster or sys.platform != "linux" else nursery():
+                    give_cache(folder)
+                    # Snakemake inherits the lock: as long as it works, also after this process was killed, no other run begins.
+                    status = watch(command, [lock.fileno()], make_progress(recipe, steps, outputs), quiet, verbose, 60 if cluster else 10)
+            if status or not (steps and perhaps_more):
+                break
     if status:
         failed = [f"  {step}: {error}" for step, state, error in status_rows(recipe, outputs) if state == "failed"]
         reasons = failed or [f"  no step says why; Snakemake's own account is the newest file in {folder}/.snakemake/log"]

@@ -29,8 +29,8 @@ from .metrics import precision_at_iou, score
 from .mosaic import CLOSE, closest_known, mosaic_groups
 from .postprocess import correct_codes, find_sources, straight_masks, straight_rows
 from .recipes import Folds, Members, Phase, Recipe, Step, find_run, find_step, fold_file, fold_of, full_name
-from .recipes import input_checksums, is_contaminated, previous_round, read_recipe, read_run, recipe_folder, recipe_steps, rules_in_use, run_names
-from .recipes import step_arguments, step_folder, step_inputs
+from .recipes import input_checksums, is_contaminated, part_read, previous_round, read_recipe, read_run, recipe_folder, recipe_steps, rules_in_use
+from .recipes import run_names, step_arguments, step_folder, step_inputs
 from .synthetic import make_tiles
 
 # %% ../nbs/15_steps.ipynb #ab82d517
@@ -86,7 +86,7 @@ class RunStep:
 class OpenStep(RunStep):
     "A step that is being carried out by a run notebook."
     record: RunRecord
-    inputs: dict[str, str]  # checksums of the records of what it reads, as they were when it began
+    inputs: dict[str, str]  # of `input_checksums`, as they were when it began
 
     def finish(
         self,
@@ -112,9 +112,9 @@ def open_step(
     folder = step_folder(recipe, step, outputs)
     folder.mkdir(parents=True, exist_ok=True)
     device = str(pick_device(recipe.device)) if kind in ("train", "predict") else "cpu"
-    folders = [step_folder(recipe, needed, outputs) for needed in step_inputs(recipe, step)]
-    inputs = input_checksums(recipe, step, outputs)
-    parts = ["pseudo_labels/" if kind == "train" and needed.name == "ensemble" else "" for needed in folders]  # a training may be where the predictions are not
+    inputs, needs = input_checksums(recipe, step, outputs), step_inputs(recipe, step)
+    folders = [step_folder(recipe, needed, outputs) for needed in needs]
+    parts = [part_read(step, needed) for needed in needs]  # a training may be where the predictions are not
     with ThreadPoolExecutor() as pool:  # checksums of 40 members' predictions
         for needed, record in zip(folders, pool.map(lambda folder, part: read_record(folder, True, part), folders, parts)):
             if record is None:
@@ -443,8 +443,7 @@ def mean_row(
     values: pd.Series,  # one a tile
 ) -> dict:  # tiles, mAP, low, high
     "A mean and its 95 % interval."
-    mean, low, high = score(values.to_numpy()).values()
-    return {"tiles": len(values), "mAP": round(mean, 4), "low": round(low, 4), "high": round(high, 4)}
+    return {"tiles": len(values)} | {name.removeprefix("mAP_"): round(value, 4) for name, value in score(values.to_numpy()).items()}
 
 
 def scores_by_place(

@@ -56,7 +56,7 @@ def test_slurm(project, tmp_path, device):
     run.wait()
     assert calls.exists(), log.read_text()
     assert ("--gpus=1" in calls.read_text()) == (device == "auto"), calls.read_text()
-    for part in ("--mem 32000", "-t 2880", "=8 ", "train:round=round1,phase=compact,fold=0"):
+    for part in ("--mem 32000", "-t 2880", "=8 ", "train:round=round1,phase=compact,whose=fold0"):
         assert part in calls.read_text(), calls.read_text()
 
 
@@ -93,7 +93,7 @@ def test_kubernetes(project, tmp_path):
     assert run.returncode == 1 and "single is not complete" in run.stderr, run.stdout + run.stderr
     assert (project / "outputs/single/prepare/record.json").exists(), run.stdout + run.stderr
     specs = [yaml.safe_load(path.read_text()) for path in sorted(jobs.iterdir())]
-    assert [spec["metadata"]["annotations"]["step"] for spec in specs] == ["prepare"] + 3 * ["train round1 compact 0"]
+    assert [spec["metadata"]["annotations"]["step"] for spec in specs] == ["prepare"] + 3 * ["train round1 compact fold0"]
     asked = []
     for spec in specs:
         assert (spec["apiVersion"], spec["kind"], spec["metadata"]["generateName"]) == ("batch/v1", "Job", "saltlib-")

@@ -22,13 +22,13 @@ import yaml
 import zarr
 from conftest import ROOT
 from test_clusters import SINGLE
-from test_runs import SALT, workers
+from test_runs import SALT, make_project, workers
 
 from saltlib.running import execute_notebook, hold, outdated_lines, outdated_steps
-from saltlib.core import RunRecord, SaltError, checksum, read_record, write_atomic
+from saltlib.core import RunRecord, SaltError, read_record, write_atomic
 from saltlib.data import PredictionStore
 from saltlib.models import load_weights, save_weights
-from saltlib.recipes import parse_recipe, read_recipe, recipe_steps, step_arguments, step_folder, step_inputs, write_recipe
+from saltlib.recipes import input_checksums, parse_recipe, read_recipe, recipe_steps, step_arguments, step_folder, write_recipe
 from saltlib.training import read_checkpoint
 
 
@@ -41,6 +41,15 @@ def flip(path, rng):
 
 # Damaged state
 
+RESULTS = ("one.csv", "two/three.bin", "weights/last.safetensors")
+
+
+def finish(recipe, step, outputs):
+    "As a run notebook does at its end."
+    record = RunRecord(step_folder(recipe, step, outputs), step.kind, step_arguments(recipe, step))
+    record.finish({"mAP": time.time()}, ["one.csv", "two", "weights/last.safetensors"], input_checksums(recipe, step, outputs))
+
+
 @pytest.fixture
 def run(tmp_path):
     "A finished run whose results are a few bytes each."
@@ -50,34 +59,48 @@ def run(tmp_path):
     write_recipe(recipe, outputs)
     for step in recipe_steps(recipe):
         folder = step_folder(recipe, step, outputs)
-        for name in ("one.csv", "two/three.bin"):
+        for name in RESULTS:
             write_atomic(folder / name, f"{step} {name}")
         write_atomic(folder / f"{step.kind}.ipynb", "{}")
-        inputs = [step_folder(recipe, i, outputs) for i in step_inputs(recipe, step)]
-        RunRecord(folder, step.kind, step_arguments(recipe, step)).finish(
-            {"mAP": 0.5}, ["one.csv", "two"], {str(i.relative_to(outputs)): checksum(i / "record.json") for i in inputs},
-        )
+        finish(recipe, step, outputs)
     assert outdated_steps(recipe, outputs) == {}
     return recipe, outputs
 
 
-@pytest.mark.parametrize("name", ["one.csv", "two/three.bin"])
+@pytest.mark.parametrize("name", RESULTS)
 @pytest.mark.parametrize("damage", [lambda path: flip(path, random.Random(3)), lambda path: path.write_bytes(path.read_bytes()[:-1]), Path.unlink])
-def test_a_damaged_result_is_named_and_made_again_with_all_that_follows(run, name, damage):
+def test_a_damaged_result_is_named_and_made_again(run, name, damage):
     recipe, outputs = run
     steps = recipe_steps(recipe)
     damage(step_folder(recipe, steps[1], outputs) / name)
-    assert list(outdated := outdated_steps(recipe, outputs)) == steps[1:]
+    assert list(outdated := outdated_steps(recipe, outputs)) == [steps[1]]
+    damaged, following = outdated_lines(recipe, outdated, outputs)
     assert re.match(
-        rf"\S*/{name.split('/')[0]} is missing or no longer what the step 'train round1 compact fold 0' wrote, which is done again.$",
-        outdated[steps[1]],
-    ) and not any([*outdated.values()][1:])
+        rf"\S*/{name.removesuffix('/three.bin')} is missing or no longer what the step 'train round1 compact fold 0' wrote, which is done again.$", damaged,
+    )
+    assert following == f"Finished steps that stand if what they read comes out as it was: {len(steps) - 2}, trainings among them: 0."
+
+
+def test_what_follows_stands_if_a_step_comes_out_as_it_was(run):
+    recipe, outputs = run
+    steps = recipe_steps(recipe)
+    training, predicting = steps[1:3]
+    for name, content, follow in (
+        ("weights/last.safetensors", f"{training} weights/last.safetensors", []),  # the same again
+        ("one.csv", "other times", [steps[-1]]),  # a history: the report shows it, predictions don't read it
+        ("weights/last.safetensors", "other weights", [predicting, steps[-1]]),
+    ):
+        write_atomic(step_folder(recipe, training, outputs) / name, content)
+        finish(recipe, training, outputs)
+        assert list(outdated_steps(recipe, outputs)) == follow
+        finish(recipe, steps[-1], outputs)
 
 
 def test_a_step_that_read_something_else_is_done_again(run):
     recipe, outputs = run
     first, *others = recipe_steps(recipe)
-    RunRecord(step_folder(recipe, first, outputs), first.kind, step_arguments(recipe, first)).finish({"other": 1}, ["one.csv", "two"])
+    write_atomic(step_folder(recipe, first, outputs) / "one.csv", "other folds")
+    finish(recipe, first, outputs)
     outdated = outdated_steps(recipe, outputs)
     assert list(outdated) == others
     again = sum(step.kind == "train" for step in others)
@@ -304,10 +327,7 @@ def test_any_folder_may_hold_the_project(tmp_path):
 # Two at once
 
 def test_a_second_run_waits_and_names_the_first_and_a_killed_one_holds_nothing(tmp_path):
-    project = tmp_path / "project"
-    project.mkdir()
-    shutil.copy(ROOT / "settings.ini", project)
-    (project / "nbs").symlink_to(ROOT / "nbs")
+    project = make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=4)
     (project / "single.yaml").write_text(SINGLE)
     lock = project / "outputs/single/.lock"
     code = (
@@ -317,12 +337,12 @@ def test_a_second_run_waits_and_names_the_first_and_a_killed_one_holds_nothing(t
     first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "held\n"
     assert hold(tmp_path / "project/outputs/other/.lock", "A run of other", wait=False)  # another recipe does not wait
-    second = subprocess.Popen([*SALT, "run", "single.yaml"], cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    second = subprocess.Popen([*SALT, "run", "single.yaml", "--until", "prepare"], cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         begun = f"begun by process {first.pid} on {socket.gethostname()}"
         assert second.stderr.readline() == f"A run of single is at work already ({begun}); waiting for it to end.\n"
         first.send_signal(signal.SIGKILL)
-        assert "data/demo: " in second.communicate(timeout=60)[1] and second.returncode == 1  # its turn: there are no data
+        assert "single: 1 of 5 steps are done" in second.communicate(timeout=120)[0] and second.returncode == 0  # its turn
     finally:
         first.kill()
         second.kill()

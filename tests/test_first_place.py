@@ -154,7 +154,7 @@ def test_three_rounds_with_one_phase_of_each_kind(tmp_path):
     one_of_each_kind(path)
     plan = salt(project, "run", path, "--dry-run").stdout
     assert "18 of 18 steps would run." in plan and "train round2 bes_0 shared" in plan
-    assert "phalanx_v3: at most" in plan and "8 stores" in plan and re.search(r"at most [\d.e-]+ GB of disk", plan)
+    assert "phalanx_v3: at most" in plan and "8 stores" in plan and re.search(r"at most [\d.]+ [kMG]B of disk", plan)
     assert "GPU-hours" not in plan  # nothing was measured on a GPU here
 
     salt(project, "run", path)
@@ -192,6 +192,5 @@ def test_every_phase_on_two_folds(tmp_path):
     shutil.rmtree(run / "round2/bes_3/fold1/predict/predictions.zarr")
     salt(project, "run", path)
     after = records(project, "whole")
-    again = {k for k in after if after[k] != before[k]}
-    assert {"round2/bes_3/fold1/predict", "round2/ensemble", "round3/ensemble", "report"} <= again
-    assert not any(k.startswith("round1") or k.startswith("round2/phalanx") for k in again)
+    # The same networks predict the same, so all that was made of it stands.
+    assert {k for k in after if after[k] != before[k]} == {"round2/bes_3/fold1/predict"} and len(after) == len(before)

@@ -130,12 +130,14 @@ def test_read_only_outputs_are_refused_at_once(tmp_path):
     assert on_small_disk(tmp_path / "disk", "1m", """
         import contextlib, io, os, shutil
         from saltlib import cli
+        from saltlib.synthetic import make_dataset
+        make_dataset(data := folder.parent / "data", 1, seed=0, height_tiles=2, width_tiles=4)
         shutil.copy("settings.ini", folder)
         (folder / "nbs").symlink_to(Path("nbs").resolve())
         (folder / "outputs").mkdir()
         lock()
         os.chdir(folder)
-        for command in (["run", "demo"], ["mosaic", "--data", "data", "--out", "outputs/mosaics"]):
+        for command in (["run", "demo", "--data", str(data)], ["mosaic", "--data", "data", "--out", "outputs/mosaics"]):
             with contextlib.redirect_stderr(io.StringIO()) as said:
                 assert cli.main(command) == 1
             line = said.getvalue()

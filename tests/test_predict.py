@@ -103,19 +103,24 @@ def test_a_damaged_network_is_refused_before_another_works(tiles, released, tmp_
     assert "network 1" not in capsys.readouterr().out and not list(tmp_path.glob(".new.csv*"))
 
 
-def test_a_terminated_prediction_leaves_nothing(tmp_path):
-    code = f"""
-import sys, tempfile, time
-from saltlib import cli
-def work(**_):
-    with tempfile.TemporaryDirectory(prefix=".new.csv.", dir={str(tmp_path)!r}):
-        print("at work", flush=True)
-        time.sleep(60)
-cli.predict_folder = work
-sys.exit(cli.main(["predict", "--images", "a", "--models", "b", "--out", "new.csv"]))
+def test_a_terminated_prediction_leaves_nothing(tiles, released, tmp_path):
+    code = """
+import sys, time
+from saltlib import cli, inference
+def work(*_):
+    print("at work", flush=True)
+    time.sleep(60)
+inference.Predictor.start = work
+sys.exit(cli.main(["predict", "--device", "cpu", *sys.argv[1:]]))
 """
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "at work\n"
+    before = set(tmp_path.iterdir())
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "--images", tiles[0], "--models", released, "--out", tmp_path / "new.csv"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    while (line := process.stdout.readline()) != "at work\n":
+        assert line  # else it ended before
+    assert set(tmp_path.iterdir()) == before | {tmp_path / ".new.csv.part"}
     process.terminate()
-    assert process.communicate(timeout=30)[1] == "salt predict: stopped.\n" and process.returncode == 130
-    assert not list(tmp_path.iterdir())
+    assert process.communicate(timeout=30)[1].splitlines()[-1] == "salt predict: stopped." and process.returncode == 130
+    assert set(tmp_path.iterdir()) == before

@@ -17,7 +17,7 @@ HERE = {
     "slurm-status-command": "squeue",
     "slurm-no-account": True,
     "slurm-init-seconds-before-status-checks": 5,
-    "set-threads": {"train": 1, "train_shared": 1, "predict": 1},
+    "set-threads": {"train": 1, "predict": 1},
 }
 
 
