@@ -27,7 +27,8 @@ def end_with(
     connection: socket.socket,  # to the process that asked for this kernel
 ) -> None:
     "Wait until the other side is gone, then end this process: nobody reads its answers any more."
-    connection.recv(1)
+    with contextlib.suppress(ConnectionError):  # it was killed before it read which process this is
+        connection.recv(1)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

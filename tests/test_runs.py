@@ -634,6 +634,17 @@ def test_trainings_that_can_be_at_work_together_share_the_cores(tmp_path, name, 
     assert set(given) == set(recipe.rounds["round1"].phases) and set(given.values()) == threads, shown
 
 
+@pytest.mark.parametrize("unread", ["", "asked.send(b'17')"])
+def test_a_kernel_ends_with_the_process_that_asked_for_it(unread):
+    "Also if that one was killed before it read the kernel's answer."
+    code = (
+        "import socket; from saltlib.nursery import end_with; asked, asking = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET); "
+        f"{unread}; asking.close(); end_with(asked)"
+    )
+    done = subprocess.run([sys.executable, "-c", code.replace("; ; ", "; ")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
 def test_no_kernel_is_forked_with_a_library_that_has_changed(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "saltlib", tmp_path / "saltlib")
     monkeypatch.chdir(tmp_path)  # where the nursery looks for modules first
