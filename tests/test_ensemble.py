@@ -4,6 +4,7 @@ import tracemalloc
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+import zarr
 
 from saltlib.data import SIZE, PredictionStore
 from saltlib.ensemble import Ensemble, Group, average_round, group_means
@@ -57,7 +58,7 @@ def test_folds_count_the_same_whatever_their_weights(tmp_path):
 
 def test_memory_grows_neither_with_tiles_nor_with_members(tmp_path, monkeypatch):
     monkeypatch.setattr("saltlib.core.ThreadPoolExecutor", AtOnce)
-    few = peak_memory(tmp_path / "few", 512, 1)
-    # 1.05 and 1.01 on a quiet machine; zarr's own threads meet otherwise on a busy one. In proportion it would be 2.5 and 3.
-    assert peak_memory(tmp_path / "tiles", 1280, 1) < 1.2 * few
-    assert peak_memory(tmp_path / "members", 512, 3) < 1.2 * few
+    with zarr.config.set({"async.concurrency": 1, "threading.max_workers": 1}):  # zarr's threads, too, meet otherwise on a busy machine
+        few = peak_memory(tmp_path / "few", 512, 1)
+        assert peak_memory(tmp_path / "tiles", 1280, 1) < 1.1 * few
+        assert peak_memory(tmp_path / "members", 512, 3) < 1.1 * few
