@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Name', 'PhaseName', 'Snapshots', 'ModelName', 'OPTIONAL', 'Strict', 'AdamW', 'RMSprop', 'SGD', 'OneCycle', 'Plateau',
            'Cosine', 'PseudoLabels', 'Synthetic', 'same_network', 'Phase', 'Members', 'Round', 'Folds', 'Recipe',
-           'full_name', 'set_value', 'count_values', 'RecipeLoader', 'in_words', 'parse_recipe', 'read_recipe', 'Step',
-           'fold_of', 'members', 'recipe_steps', 'find_step', 'previous_round', 'step_inputs', 'trainings_beside',
-           'is_contaminated', 'recipe_folder', 'find_run', 'read_run', 'run_names', 'step_folder', 'part_read',
-           'input_checksums', 'rules_in_use', 'step_arguments', 'fold_file', 'begun_settings', 'check_settings',
-           'write_recipe']
+           'full_name', 'set_value', 'missing_part', 'count_values', 'RecipeLoader', 'in_words', 'parse_recipe',
+           'read_recipe', 'Step', 'fold_of', 'members', 'recipe_steps', 'find_step', 'previous_round', 'step_inputs',
+           'trainings_beside', 'is_contaminated', 'recipe_folder', 'find_run', 'read_run', 'run_names', 'step_folder',
+           'part_read', 'input_checksums', 'rules_in_use', 'step_arguments', 'fold_file', 'begun_settings',
+           'check_settings', 'write_recipe']
 
 # %% ../nbs/14_recipes.ipynb #b36c8219
-import os
+import os, re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -332,6 +332,19 @@ def set_value(
     return count
 
 
+def missing_part(
+    node: dict,  # a recipe as plain values
+    path: list[str],  # keys, of which `set_value` found none to set
+) -> str:
+    "Which key of the path leads nowhere, and which would not, in words."
+    for k, key in enumerate(path[:-1]):
+        parts = {name: part for name, part in node.items() if isinstance(part, dict)}
+        if key != "*" and key not in parts:
+            return f"{'.'.join(path[:k]) or 'the recipe'} has no part {key}, but {', '.join(parts) or 'none at all'}"
+        node = next(iter(parts.values()), {}) if key == "*" else parts[key]
+    return f"{'.'.join(path)} names nothing"
+
+
 def count_values(
     node,  # as read from YAML: what an alias names is there once
 ) -> int:  # values there would be without aliases
@@ -368,8 +381,8 @@ def in_words(
     if error["type"] == "extra_forbidden":
         known = {name for part in Strict.__subclasses__() for name in part.model_fields}
         close = get_close_matches(place[-1], known, 1)
-        homes = [part.__name__ for part in Strict.__subclasses__() if place[-1] in part.model_fields]
-        said = "there is no such key here" + (f", but in {' and '.join(homes)}" if homes else f"; {close[0]} is meant?" if close else "")
+        homes = [re.sub("(?<=[a-z])(?=[A-Z][a-z])", "_", part.__name__).lower() for part in Strict.__subclasses__() if place[-1] in part.model_fields]
+        said = "there is no such key here" + (f", it belongs to: {', '.join(homes)}" if homes else f"; {close[0]} is meant?" if close else "")
     elif error["type"] == "missing":
         said = "is missing"
     elif error["type"] == "string_pattern_mismatch":
@@ -418,11 +431,10 @@ def read_recipe(
             value = yaml.safe_load(value)
         except Exception:  # as above
             raise SaltError(f"--set {change} has a value that is no YAML: write it like 3, 1e-3, name, [0, 1] or {{key: value}}.") from None
-        if not (equals and key and set_value(plain, key.split("."), value)):
-            raise SaltError(
-                f"--set {change} changes nothing in {path.name}: write key=value with a key of the recipe, "
-                "such as 'rounds.*.phases.*.epochs=1'."
-            )
+        if not (equals and key):
+            raise SaltError(f"--set {change} is no change: write key=value with a key of the recipe, such as 'rounds.*.phases.*.epochs=1'.")
+        if not set_value(plain, keys := key.split("."), value):
+            raise SaltError(f"--set {change} changes nothing in {path.name}: {missing_part(plain, keys)}.")
     return parse_recipe(plain, path.name)
 
 # %% ../nbs/14_recipes.ipynb #4a9f156b
