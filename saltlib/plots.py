@@ -135,6 +135,8 @@ def plot_predictions(
         _outline(outlined, probs[k], PREDICTION, "dashed", threshold)
         shown = probability.imshow(np.asarray(probs[k], dtype=float), cmap="cividis", vmin=0, vmax=1)
         plain.set_title(f"{ids[k]}  {scores[k]:.2f}", fontsize=7, pad=2)
+        for ax, name in zip(own, ("image", "outlines", "probability", "spread") if k % columns == 0 else ()):
+            ax.text(-0.06, 0.5, name, fontsize=7, rotation=90, ha="right", va="center", transform=ax.transAxes)
         if spread is not None:
             apart = own[3].imshow(np.asarray(spread[k], dtype=float), cmap="magma", vmin=0, vmax=0.5)
     if len(images) and spread is not None:
