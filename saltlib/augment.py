@@ -13,6 +13,7 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from .core import SaltError, derive_seed
+from .data import as_masks
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for a newer version
 import albumentations as A
@@ -79,10 +80,10 @@ AUGMENTATIONS = {"none": _none, "light": _light, "wide": _wide, "bes": _bes, "ph
 def augment_tile(
     transform: A.Compose,  # from `AUGMENTATIONS`
     image: np.ndarray,  # uint8 [101, 101]
-    mask: np.ndarray,  # bool, or uint8 of 0 and 1, [101, 101]
+    mask: np.ndarray,  # as in `saltlib.data.as_masks`, [101, 101]
 ) -> tuple[np.ndarray, np.ndarray]:  # image uint8 [101, 101], mask uint8 of 0 and 1 [101, 101]
     "Image and mask after the transform's next random draw. `SaltError` if it gives another kind or size of tile."
-    drawn = transform(image=image, mask=mask * np.uint8(255))
+    drawn = transform(image=image, mask=as_masks(mask) * np.uint8(255))
     if drawn["image"].dtype != np.uint8 or drawn["image"].shape != image.shape:
         raise SaltError(
             f"An augmentation must leave a tile uint8 {list(image.shape)}, not {drawn['image'].dtype} {list(drawn['image'].shape)}: "
@@ -145,11 +146,12 @@ class TileDataset(Dataset):
     def __init__(
         self,
         images: np.ndarray,  # uint8 [N, 101, 101]
-        masks: np.ndarray,  # bool [N, 101, 101]
+        masks: np.ndarray,  # as in `saltlib.data.as_masks`, [N, 101, 101]
         transform: A.Compose | None = None,  # from `AUGMENTATIONS`; None: keys are row numbers and nothing is changed
         seed: int = 0,  # 0 .. 2**32 - 1
     ):
-        self.images, self.masks, self.transform, self.seed = images, masks.view(np.uint8), transform, seed
+        self.images, self.masks = np.ascontiguousarray(images), np.ascontiguousarray(as_masks(masks)).view(np.uint8)  # views won't become tensors
+        self.transform, self.seed = transform, seed
 
     def __len__(self) -> int:
         return len(self.images)

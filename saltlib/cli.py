@@ -156,13 +156,17 @@ def predict_settings(
         given = read_json(args.settings) if args.settings else {}
     except SaltError as error:
         raise SaltError(f"{args.settings} is no file of settings ({error.__cause__}): give a JSON file with the keys images, models and out.") from None
-    if not isinstance(given, dict) or (unknown := sorted(set(given) - {"images", "models", "out"})) or not all(isinstance(v, str) for v in given.values()):
+    known, no_path = {"images", "models", "out"}, r"[\0\ud800-\udfff]"  # characters that no file's name can have
+    if (
+        not isinstance(given, dict) or (unknown := sorted(set(given) - known))
+        or not all(isinstance(value, str) and not re.search(no_path, value) for value in given.values())
+    ):
         raise SaltError(
-            f"{args.settings} may hold the texts images, models and out, "
+            f"{args.settings} may hold the texts images, models and out, each the place of a file or folder, "
             f"and nothing else{f' (it has {unknown})' if isinstance(given, dict) and unknown else ''}."
         )
     given |= {key: value for key in ("images", "models", "out") if (value := getattr(args, key))}
-    if missing := sorted({"images", "models", "out"} - set(given)):
+    if missing := sorted(known - set(given)):
         raise SaltError(f"{', '.join('--' + key for key in missing)} must be given, as options or in a settings file.")
     return given
 

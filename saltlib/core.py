@@ -136,6 +136,7 @@ def derive_seed(
     *parts,  # what the seed belongs to, e.g. (7, 'round1', 'fold', 0, 'epoch', 3)
 ) -> int:  # 0 .. 2**32 - 1, the same on every machine
     "A seed for a named part of a run."
+    parts = tuple(part.item() if isinstance(part, np.generic) else part for part in parts)  # NumPy's numbers are written in another way
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")
 
 
@@ -178,6 +179,7 @@ def pick_device(
     "The device of that name; 'auto' is the GPU where there is one. `SaltError` if a GPU is asked for and none is there, or one is there that torch can't use."
     import torch
 
+    name = str(name)  # torch's own device, too
     if name not in ("auto", "cpu", "cuda"):
         raise SaltError(f"There is no device {name!r} for saltlib: use 'auto', 'cpu' or 'cuda'; which GPU that is, CUDA_VISIBLE_DEVICES says.")
     works = name != "cpu" and gpu_works()

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ID', 'SIZE', 'LARGEST_FILE', 'CHUNK', 'refuse', 'find_rows', 'shown', 'read_by_id', 'critical_chunks', 'decode_png',
            'TileFiles', 'folder_files', 'leaves_folder', 'zip_files', 'open_split', 'decode_all', 'stack_tiles',
-           'Tiles', 'how_to_mend', 'parse_depth', 'load_tiles', 'tile_checksums', 'load_images', 'encode_masks',
-           'rle_encode', 'rle_decode', 'write_rle_csv', 'read_rle_csv', 'check_ids', 'check_masks', 'check_data',
-           'refuse_bad_data', 'is_black', 'unique_pixels', 'make_folds', 'coverage_strata', 'deal_groups',
+           'Tiles', 'how_to_mend', 'parse_depth', 'load_tiles', 'tile_checksums', 'load_images', 'as_masks',
+           'encode_masks', 'rle_encode', 'rle_decode', 'write_rle_csv', 'read_rle_csv', 'check_ids', 'check_masks',
+           'check_data', 'refuse_bad_data', 'is_black', 'unique_pixels', 'make_folds', 'coverage_strata', 'deal_groups',
            'write_folds', 'read_folds', 'widen', 'PredictionStore']
 
 # %% ../nbs/01_data.ipynb #db61189d
@@ -303,8 +303,9 @@ class Tiles:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, rows: slice | np.ndarray) -> "Tiles":
-        "The tiles of some rows (slice, row numbers or booleans)."
+    def __getitem__(self, rows: int | slice | np.ndarray) -> "Tiles":
+        "The tiles of some rows (a row number, a slice, row numbers or booleans)."
+        rows = [rows] if isinstance(rows, int | np.integer) else rows
         return Tiles(self.ids[rows], self.images[rows], None if self.masks is None else self.masks[rows], self.depths[rows])
 
     def rows(self, ids: Iterable[str]) -> np.ndarray:
@@ -375,21 +376,28 @@ def load_images(
     return np.array(ids, dtype=str), images
 
 # %% ../nbs/01_data.ipynb #497fc3f6
+def as_masks(
+    masks: np.ndarray,  # [...]: True and False, 0 and another whole number, or 0.0 and 1.0
+) -> np.ndarray:  # bool [...]; the given array itself if it is that
+    "Masks as True and False. `SaltError` for probabilities."
+    masks = np.asarray(masks)
+    if masks.dtype.kind not in "biu" and not (masks.dtype.kind == "f" and ((masks == 0) | (masks == 1)).all()):
+        raise SaltError(f"Masks are True and False, and not {masks.dtype}: compare probabilities with a threshold first, e.g. probs > 0.5.")
+    return masks if masks.dtype == bool else masks != 0
+
+
 def encode_masks(
-    masks: np.ndarray,  # bool (or 0 and another value) [N,H,W]
+    masks: np.ndarray,  # as in `as_masks`, [N,H,W]
 ) -> list[str]:  # [N] run-length codes
     "Run-length codes of many masks. `SaltError` for what is none, such as probabilities."
-    masks = np.asarray(masks)
-    if masks.ndim != 3 or masks.dtype.kind == "f":
-        raise SaltError(
-            f"Masks are True and False, [N,H,W], and not {masks.dtype} {list(masks.shape)}: "
-            "compare probabilities with a threshold first, e.g. probs > 0.5."
-        )
+    masks = as_masks(masks)
+    if masks.ndim != 3:
+        raise SaltError(f"Masks must be [N,H,W], these are {list(masks.shape)}.")
     codes, width = [], int(np.prod(masks.shape[1:])) + 1
     for start in range(0, len(masks), 256):  # blocks that fit the processor's cache
         block = masks[start : start + 256]
         flat = np.zeros((len(block), width + 1), bool)  # a pixel without salt before and behind each mask
-        flat[:, 1:-1] = (block != 0).transpose(0, 2, 1).reshape(len(block), -1)
+        flat[:, 1:-1] = block.transpose(0, 2, 1).reshape(len(block), -1)
         changes = np.flatnonzero(flat[:, 1:] != flat[:, :-1])
         numbers = changes % width + 1
         numbers[1::2] = changes[1::2] - changes[0::2]  # every second one ends a run: its length is wanted
@@ -399,7 +407,7 @@ def encode_masks(
 
 
 def rle_encode(
-    mask: np.ndarray,  # bool (or 0 and another value) [H,W]
+    mask: np.ndarray,  # as in `as_masks`, [H,W]
 ) -> str:  # '' if there is no salt
     "The run-length code of a mask."
     return encode_masks(np.asarray(mask)[None])[0]
@@ -547,10 +555,12 @@ def make_folds(
     coverage: np.ndarray | None = None,  # float [N], share of salt, 0..1; negative or NaN where not known (test tiles)
 ) -> np.ndarray:  # int [N], 0..n-1
     """Fold of each tile: by depth, or by groups balanced in number and coverage. `SaltError` on ids that are there twice, unequal lengths, too few tiles,
-    or groups that are neither numbers nor names."""
+    depths that are no numbers, or groups that are neither numbers nor names."""
     ids, depths = np.asarray(ids, dtype=str), np.asarray(depths)
-    if any(len(given) != len(ids) for given in (depths, groups, coverage) if given is not None):
-        raise SaltError("Folds need ids, depths, groups and coverage of the same length.")
+    if any(np.shape(given) != (len(ids),) for given in (depths, groups, coverage) if given is not None):
+        raise SaltError("Folds need ids, depths, groups and coverage of the same length, one of each for a tile.")
+    if depths.dtype.kind not in "iuf" or np.isnan(depths).any():
+        raise SaltError("Depths must be numbers, one for each tile.")
     if len(np.unique(ids)) < len(ids) or not 2 <= n <= len(ids):
         raise SaltError(f"Can't deal {len(ids)} tiles ({len(np.unique(ids))} different ids) to {n} folds: ids must be unique, 2 <= folds <= tiles.")
     order, folds = np.lexsort((ids, depths)), np.zeros(len(ids), dtype=int)

@@ -232,6 +232,17 @@ class Ensemble:
         mean[np.isin(ids, list(self.black))] = 0
         return mean
 
+    def by_fold(
+        self,
+        ids: np.ndarray,  # [n] train tiles
+        folds: np.ndarray,  # int [n], the fold of each
+    ) -> np.ndarray:  # float32 [n,101,101]
+        "`fold_mean` of each tile by its own fold's networks."
+        probs = np.empty((len(ids), SIZE, SIZE), np.float32)
+        for fold in np.unique(folds).tolist():
+            probs[folds == fold] = self.fold_mean(fold, ids[folds == fold])
+        return probs
+
 
 def read_ends(
     path: str | Path,  # of `Ensemble.write_ends`

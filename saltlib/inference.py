@@ -272,10 +272,11 @@ class Predictor:
 
     def start(
         self,
-        images: np.ndarray,  # tiles, uint8 [N,101,101]
+        images: np.ndarray | torch.Tensor,  # tiles, uint8 [N,101,101]
     ) -> Callable[[], np.ndarray]:  # waits for the probabilities, float32 [N,101,101], 0..1
         """Begin with these tiles. A GPU goes on by itself until its result is asked for; a CPU is done when this returns.
         `SaltError` for images that are not tiles."""
+        images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1:] != (SIZE, SIZE):
             raise SaltError(f"Tiles to predict must be uint8 [N,{SIZE},{SIZE}], not {images.dtype} {list(images.shape)}.")
         tiles = torch.from_numpy(np.ascontiguousarray(images))
@@ -296,7 +297,7 @@ class Predictor:
 
 def predict(
     model: torch.nn.Module,  # a network of saltlib.models
-    images: np.ndarray,  # tiles, uint8 [N,101,101]
+    images: np.ndarray | torch.Tensor,  # tiles, uint8 [N,101,101]
     model_name: str,  # the network's name, which decides resizing, padding and scaling
     flip: bool = True,  # mean with the prediction of the mirror image
     device: str | None = None,  # where to compute; None: where the model is

@@ -15,23 +15,22 @@ import numpy as np
 import pandas as pd
 
 from .core import SaltError
+from .data import as_masks
 
 # %% ../nbs/04_metrics.ipynb #754917c2
 def comparable(
-    pred: np.ndarray,  # masks, bool (or 0 and another integer) [N,H,W]
+    pred: np.ndarray,  # as in `saltlib.data.as_masks`, [N,H,W]
     true: np.ndarray,  # masks of the same shape
 ) -> tuple[np.ndarray, np.ndarray]:  # both, bool [N,H,W]
     "Masks that can be compared. `SaltError` if shapes differ or probabilities are given for masks."
-    pred, true = np.asarray(pred), np.asarray(true)
+    pred, true = as_masks(pred), as_masks(true)
     if pred.shape != true.shape or pred.ndim != 3:
         raise SaltError(f"Masks to compare must both be [N,H,W]; these are {list(pred.shape)} and {list(true.shape)}.")
-    if pred.dtype.kind == "f" or true.dtype.kind == "f":
-        raise SaltError("Masks are True and False: compare probabilities with a threshold first, e.g. probs > 0.5.")
-    return pred != 0, true != 0
+    return pred, true
 
 
 def count_overlap(
-    pred: np.ndarray,  # masks, bool (or 0 and another integer) [N,H,W]
+    pred: np.ndarray,  # as in `saltlib.data.as_masks`, [N,H,W]
     true: np.ndarray,  # masks of the same shape
 ) -> tuple[np.ndarray, np.ndarray]:  # int [N] pixels in both, int [N] pixels in either
     "Size of intersection and union for each tile. `SaltError` as `comparable`."

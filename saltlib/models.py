@@ -567,7 +567,7 @@ def resize_and_pad(
     threshold: bool = False,  # make the resized tiles 0 or 1
 ) -> torch.Tensor:  # float32 [N,1,H,W]
     "Tiles resized and padded as the network wants them. `SaltError` for another size than a tile's."
-    x = torch.as_tensor(tiles)
+    x = tiles if isinstance(tiles, torch.Tensor) else torch.from_numpy(np.array(tiles, np.float32, order="C"))  # views won't become tensors
     if x.ndim != 3 or x.shape[1:] != (SIZE, SIZE):
         raise SaltError(f"Tiles have the shape [N, {SIZE}, {SIZE}], these have {list(x.shape)}.")
     x = x[:, None].float()
@@ -582,7 +582,7 @@ def prepare(
     images: torch.Tensor | np.ndarray,  # grey 0..255 [N,101,101]
     model_name: str,  # one of MODELS
 ) -> torch.Tensor:  # float32 [N,3,H,W], on the device of `images`
-    "Tiles as the network's input: resized, padded, scaled, with its three channels."
+    "Tiles as the network's input: resized, padded, scaled, with its three channels, which may be one piece of memory: clone it to write into it."
     network = find_network(model_name)
     return network.channels(resize_and_pad(images, network))
 
@@ -603,7 +603,7 @@ def restore(
     "Probabilities cut and resized to the tile: the way back from `prepare`. `SaltError` for another size than the network's."
     network = find_network(model_name)
     size, start, side = network.size, network.pad[0], network.side
-    if probs.shape[-2:] != (side, side):
+    if probs.shape[-2:] != (side, side) or probs.ndim not in (3, 4) or probs.ndim == 4 and probs.shape[1] != 1:
         raise SaltError(f"{model_name} gives maps of {side} x {side} pixels for tiles, these have {list(probs.shape)}.")
     x = probs.reshape(-1, 1, side, side)[..., start:start + size, start:start + size].float()
     return (x if size == SIZE else resize(x, SIZE))[:, 0]

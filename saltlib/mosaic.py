@@ -12,6 +12,7 @@ __all__ = ['KEPT', 'BLOCK', 'LENGTH', 'STEP', 'LINES', 'SUMS', 'EXAMPLES', 'TEAC
            'write_mosaics']
 
 # %% ../nbs/03_mosaic.ipynb #fa10dbd5
+import contextlib
 import math
 import shutil
 from collections import deque
@@ -27,7 +28,7 @@ from scipy.linalg import solve_triangular
 from threadpoolctl import threadpool_limits
 
 from .core import SaltError, refuse_used, usable_cores, write_atomic, writing
-from .data import SIZE, is_black, load_tiles, refuse_bad_data
+from .data import SIZE, as_masks, is_black, load_tiles, refuse_bad_data
 
 # %% ../nbs/03_mosaic.ipynb #3c4e9b0b
 def unit(
@@ -488,12 +489,13 @@ WASH, FRAME, NOTHING = (86, 180, 233), (0, 158, 115), 255  # sky blue for true s
 def draw_mosaic(
     grid: np.ndarray,  # from `assemble`
     images: np.ndarray,  # uint8 [N,101,101]
-    masks: np.ndarray | None = None,  # bool [M,101,101], of the first M tiles: salt, washed over
+    masks: np.ndarray | None = None,  # as in `saltlib.data.as_masks`, [M,101,101], of the first M tiles: salt, washed over
     framed: np.ndarray | None = None,  # bool [N]: tiles to frame, such as those whose masks are the truth
     wash: tuple[int, int, int] = WASH,  # colour of the salt, RGB
 ) -> np.ndarray:  # uint8 [101 rows, 101 columns, 3], RGB
     "The section that the tiles make."
     picture = np.full((grid.shape[0] * SIZE, grid.shape[1] * SIZE, 3), NOTHING, np.uint8)
+    masks = None if masks is None else as_masks(masks)
     for (row, column), tile in np.ndenumerate(grid):
         if tile < 0:
             continue
@@ -514,7 +516,7 @@ def write_mosaics(
     """Write pairs.csv, mosaic_0000.csv, mosaic_0000.png ... `SaltError` before work begins if the data are not in order or the folder is in use,
     and at its end if the folder has got other files meanwhile."""
     out = Path(out)
-    whole = out / ".part"
+    whole, made = out / ".part", not out.exists()
     refuse_used(out, "the mosaics", left=[whole.name])  # of a call that was killed
     shutil.rmtree(whole, ignore_errors=True)
     with writing(out):
@@ -538,4 +540,7 @@ def write_mosaics(
             path.replace(out / path.name)
     finally:
         shutil.rmtree(whole, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):  # it holds the mosaics
+                out.rmdir()
     return grids

@@ -128,13 +128,12 @@ def rule_effects(
     rows = []
     for rules, name in tried.items():
         given = straight_masks(withheld_sources(mosaics, train, folds, rules), train)
-        change, changed = np.zeros(len(train)), 0
-        for fold in ensemble.folds:
-            targets = np.flatnonzero((folds == fold) & np.isin(train.ids, list(given)))
-            if len(targets):
-                before, after = ensemble.fold_mean(fold, train.ids[targets]) > 0.5, np.array([given[id] for id in train.ids[targets]])
-                change[targets] = precision_at_iou(after, train.masks[targets]) - precision_at_iou(before, train.masks[targets])
-                changed += int((before != after).any(axis=(1, 2)).sum())
+        targets = np.flatnonzero(scored & np.isin(train.ids, list(given)))
+        before = ensemble.by_fold(train.ids[targets], folds[targets]) > 0.5
+        after = np.array([given[id] for id in train.ids[targets]], bool).reshape(before.shape)
+        change = np.zeros(len(train))
+        change[targets] = precision_at_iou(after, train.masks[targets]) - precision_at_iou(before, train.masks[targets])
+        changed = (before != after).any(axis=(1, 2)).sum()
         low, high = bootstrap_interval(change[scored])
         rows.append({
             "rules": name, "in use": rules == chosen, "tiles": scored.sum(), "changed": changed, "better": (change > 0).sum(), "worse": (change < 0).sum(),

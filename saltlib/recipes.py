@@ -260,6 +260,15 @@ class Recipe(Strict):
     postprocess: tuple[Literal["published", "continued"], ...] = ()  # mosaic rules that correct the submission; the first that speaks of a tile decides
     rounds: dict[Name, Round] = Field(min_length=1)
 
+    @property
+    def last_round(self) -> str:
+        "The name of the round whose masks are the submission."
+        return list(self.rounds)[-1]
+
+    def phase_of(self, step: "Step") -> Phase:
+        "The phase of a train or predict step."
+        return self.rounds[step.round].phases[step.phase]
+
     @field_validator("data")
     @classmethod
     def one_spelling(cls, folder):  # data/demo/ is no other folder than data/demo
@@ -519,7 +528,7 @@ def step_inputs(
     if step.kind == "prepare":
         return []
     if step.kind == "train":
-        phase = recipe.rounds[step.round].phases[step.phase]
+        phase = recipe.phase_of(step)
         before = phase.start.split("/") if "/" in phase.start else None
         start = [Step("train", *before, fold_of(recipe, *before, step.fold))] if before else []
         pseudo = [Step("ensemble", previous_round(recipe, step.round))] if phase.pseudo else []
@@ -627,7 +636,7 @@ def rules_in_use(
     round: str,
 ) -> tuple[str, ...]:  # names of saltlib.postprocess.RULES
     "The mosaic rules that correct a round's submission: only the last round's is corrected."
-    return recipe.postprocess if round == list(recipe.rounds)[-1] else ()
+    return recipe.postprocess if round == recipe.last_round else ()
 
 
 def step_arguments(
@@ -638,11 +647,11 @@ def step_arguments(
     common = {"data": recipe.data, "seed": recipe.seed, "folds": recipe.folds.model_dump(include={"n", "by", "file"})}
     if step.kind == "train":
         common |= {
-            "phase": recipe.rounds[step.round].phases[step.phase].model_dump(mode="json", exclude={"predict_as"}),
+            "phase": recipe.phase_of(step).model_dump(mode="json", exclude={"predict_as"}),
             "clean_pseudo_labels": recipe.clean_pseudo_labels,
         }
     elif step.kind == "predict":
-        phase = recipe.rounds[step.round].phases[step.phase]
+        phase = recipe.phase_of(step)
         common |= {"weights": phase.files(step.fold)} | phase.recorded_sizes
     elif step.kind == "ensemble":
         groups = {name: group.model_dump(mode="json") for name, group in recipe.rounds[step.round].ensemble.items()}

@@ -477,7 +477,7 @@ def training_passes(
     "The most work of a train or predict step, in tiles that go through training; a tile forward is a third of that."
     from saltlib.ensemble import DEALT
 
-    phase, (train, test) = recipe.rounds[step.round].phases[step.phase], count_tiles(recipe.data)
+    phase, (train, test) = recipe.phase_of(step), count_tiles(recipe.data)
     valid = train / recipe.folds.n
     if step.kind == "predict":
         return len(phase.files(step.fold)) * len(phase.prediction_models) * 2 * (valid + test) / 3
@@ -520,7 +520,7 @@ def expected_cost(
     device, hours = ("GPU", "GPU-hours") if gpu else ("CPU", "hours")
     for step in steps:
         if step.kind in ("train", "predict"):
-            passes[recipe.rounds[step.round].phases[step.phase].model] += training_passes(recipe, step)
+            passes[recipe.phase_of(step).model] += training_passes(recipe, step)
     lines = []
     for model, n in passes.items():
         in_bench = "_at_" not in model if gpu else model == "compact"  # salt bench trains these
@@ -592,7 +592,7 @@ def status_rows(
             figures = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record["metrics"].items())
             rows.append((str(step), "done", f"{figures} ({record['seconds']:.0f} s)"))
         elif worker := holder(folder / ".lock"):
-            progress = training_progress(folder, recipe.rounds[step.round].phases[step.phase].total_epochs) if step.kind == "train" else ""
+            progress = training_progress(folder, recipe.phase_of(step).total_epochs) if step.kind == "train" else ""
             rows.append((str(step), "running", worker + progress))
         elif error := notebook_error(notebook):
             rows.append((str(step), "failed", f"{error} [{notebook}]"))
@@ -686,7 +686,7 @@ def make_progress(
     "A view of these steps, each counting by the tiles that go through its network."
     # Steps without a network take about as long as some tiles.
     passes = {str(step): training_passes(recipe, step) if step.kind in ("train", "predict") else 100 for step in steps}
-    epochs = {str(step): recipe.rounds[step.round].phases[step.phase].total_epochs for step in steps if step.kind == "train"}
+    epochs = {str(step): recipe.phase_of(step).total_epochs for step in steps if step.kind == "train"}
     records = {str(step): step_folder(recipe, step, outputs) / "record.json" for step in steps}
     return Progress(recipe.name, passes, epochs, lambda step: records[step].exists())
 

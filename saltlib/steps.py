@@ -9,14 +9,14 @@ __all__ = ['RunStep', 'OpenStep', 'open_step', 'read_table', 'note_tiles', 'run_
            'next_learners', 'count_choices', 'choice_lines', 'confidences_asked', 'run_records', 'score_table',
            'mean_row', 'scores_by_place', 'compare_folds', 'run_histories', 'open_run', 'open_runs',
            'different_settings', 'tile_scores', 'contaminated_scores', 'compare_scores', 'most_changed',
-           'open_ensemble', 'read_out_of_fold', 'read_predictions', 'check_same_tiles', 'blend_scores', 'blend_lines',
-           'blend_masks']
+           'read_out_of_fold', 'read_predictions', 'check_same_tiles', 'blend_scores', 'blend_lines', 'blend_masks']
 
 # %% ../nbs/15_steps.ipynb #c81d0f24
 import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,7 @@ class RunStep:
     @property
     def phase(self) -> Phase:
         "The phase that a train or predict step belongs to."
-        return self.recipe.rounds[self.place.round].phases[self.place.phase]
+        return self.recipe.phase_of(self.place)
 
     @property
     def trained(self) -> Path:
@@ -80,6 +80,16 @@ class RunStep:
     def submission(self) -> Path:
         "The submission of an ensemble step, or that of the run, which the report puts at the top."
         return (recipe_folder(self.recipe, self.outputs) if self.place.kind == "report" else self.folder) / "submission.csv"
+
+    @property
+    def store(self) -> PredictionStore:
+        "The predictions that a predict or ensemble step has left."
+        return PredictionStore(self.folder / "predictions.zarr")
+
+    @cached_property
+    def ensemble(self) -> Ensemble:
+        "What an ensemble step has averaged."
+        return round_ensemble(self, self.store.ids, read_ends(self.folder / "ends.json"))
 
 
 @dataclass
@@ -140,7 +150,7 @@ def note_tiles(
 
 
 def run_tiles(
-    step: OpenStep,
+    step: RunStep,
     split: str,  # 'train' or 'test'
     before: Tiles | None = None,  # as in `load_tiles`
 ) -> Tiles:
@@ -352,7 +362,7 @@ def print_tenths(
 
 # %% ../nbs/15_steps.ipynb #389638fa
 def round_ensemble(
-    step: RunStep,  # 'ensemble'
+    step: RunStep,  # 'ensemble', whose networks have predicted
     ids: np.ndarray,  # all test tiles
     ends: list | None = None,  # as in `Ensemble`
 ) -> Ensemble:
@@ -368,7 +378,7 @@ def round_ensemble(
 
 
 def correct_by_mosaics(
-    step: OpenStep,  # 'ensemble'
+    step: RunStep,  # 'ensemble'
     train: Tiles,  # all train tiles
     ids: np.ndarray,  # test tiles
     codes: list[str],  # their masks as RLE
@@ -468,7 +478,7 @@ def compare_folds(
     for file in (recipe_folder(step.recipe, step.outputs) / "recipe.yaml", *sorted(step.outputs.glob("*/recipe.yaml"))):
         try:
             recipe = read_recipe(file)
-            folder = step_folder(recipe, Step("ensemble", list(recipe.rounds)[-1]), step.outputs)
+            folder = step_folder(recipe, Step("ensemble", recipe.last_round), step.outputs)
             comparable = plain(recipe) == plain(step.recipe) and read_record(folder, verify=True, part="out_of_fold.csv")
         except SaltError:  # of another version, or damaged, which is no matter of this run
             continue
@@ -481,7 +491,7 @@ def compare_folds(
 
 
 def run_histories(
-    step: RunStep,  # 'report'
+    step: RunStep,  # of a run whose trainings are done
 ) -> dict[tuple[str, str], pd.DataFrame]:  # ('round phase', 'fold k' or 'shared') -> history
     "The learning curves of all trainings."
     trainings = [s for s in recipe_steps(step.recipe) if s.kind == "train"]
@@ -504,7 +514,7 @@ def open_run(
             f"or the name of one in {outputs} ({', '.join(run_names(outputs)) or 'none yet'})."
         )
     recipe = read_run(folder)
-    run = RunStep(recipe, Step("ensemble", list(recipe.rounds)[-1]), folder.parent)
+    run = RunStep(recipe, Step("ensemble", recipe.last_round), folder.parent)
     if read_record(run.folder, verify=True) is None:
         raise SaltError(f"{folder} has no scores yet: finish it first with salt run {folder.name}.")
     return run
@@ -575,43 +585,29 @@ def most_changed(
     return scores.join(change).loc[largest]
 
 # %% ../nbs/15_steps.ipynb #bfc20cbe
-def open_ensemble(
-    run: RunStep,  # of `open_run`
-) -> Ensemble:
-    "The predictions that the last round averaged."
-    ids = PredictionStore(run.folder / "predictions.zarr").ids
-    return round_ensemble(run, ids, read_ends(run.folder / "ends.json"))
-
-
 def read_out_of_fold(
     run: RunStep,  # of `open_run`
-    ensemble: Ensemble,  # the run's, of `open_ensemble`
     ids: np.ndarray,  # train tiles that it scored
 ) -> np.ndarray:  # probabilities [n,101,101]
     "What the last round's ensemble says about train tiles, each by networks that never saw it."
-    probs = np.empty((len(ids), SIZE, SIZE), np.float32)
-    folds = read_table(run.folder / "out_of_fold.csv").set_index("id")["fold"].loc[ids].to_numpy()
-    for fold in np.unique(folds).tolist():
-        probs[folds == fold] = ensemble.fold_mean(fold, ids[folds == fold])
-    return probs
+    return run.ensemble.by_fold(ids, read_table(run.folder / "out_of_fold.csv").set_index("id")["fold"].loc[ids].to_numpy())
 
 
 def read_predictions(
     run: RunStep,  # of `open_run`
-    ensemble: Ensemble,  # the run's, of `open_ensemble`
     ids: np.ndarray,  # train and test tiles
 ) -> tuple[np.ndarray, np.ndarray]:  # ids of those that have a prediction, and their probabilities [n,101,101]
     "What the last round's ensemble says: about train tiles out of fold, if their fold was run, about test tiles in the mean of all folds."
-    ids, scored, store = np.asarray(ids, dtype=str), tile_scores({"": run}).index, PredictionStore(run.folder / "predictions.zarr")
+    ids, scored, store = np.asarray(ids, dtype=str), tile_scores({"": run}).index, run.store
     train, test = ids[np.isin(ids, scored)], ids[np.isin(ids, store.ids)]
-    return np.concatenate([train, test]), np.concatenate([read_out_of_fold(run, ensemble, train), store.read(test)])
+    return np.concatenate([train, test]), np.concatenate([read_out_of_fold(run, train), store.read(test)])
 
 # %% ../nbs/15_steps.ipynb #5b7d20e4
 def check_same_tiles(
     runs: dict[str, RunStep],  # of `open_runs`
 ) -> None:
     "`SaltError` if the runs predicted different test tiles, or scored other train tiles than the first has."
-    first, *others = (PredictionStore(run.folder / "predictions.zarr") for run in runs.values())
+    first, *others = (run.store for run in runs.values())
     for store in others:
         if different := set(first.ids) ^ set(store.ids):
             raise SaltError(
@@ -635,12 +631,12 @@ def blend_scores(
     scores = tile_scores(runs)
     if len(by_all := scores.dropna()):
         scores = by_all
-    scored, ensembles, precision = scores.notna().to_numpy(), [open_ensemble(run) for run in runs.values()], []
+    scored, precision = scores.notna().to_numpy(), []
     for rows in in_pieces(len(scores)):
         tiles = train[train.rows(scores.index[rows].to_numpy(str))]
         total = np.zeros((len(tiles), SIZE, SIZE))
-        for run, ensemble, weight, own in zip(runs.values(), ensembles, weights, scored[rows].T):
-            total[own] += weight * read_out_of_fold(run, ensemble, tiles.ids[own])
+        for run, weight, own in zip(runs.values(), weights, scored[rows].T):
+            total[own] += weight * read_out_of_fold(run, tiles.ids[own])
         half = scored[rows] @ weights / 2
         precision.append(precision_at_iou(total > half[:, None, None], tiles.masks))
     scores.insert(0, "weighted mean", np.concatenate(precision))
@@ -667,7 +663,7 @@ def blend_masks(
     weights: list[float],  # of each run's predictions
 ) -> tuple[np.ndarray, list[str]]:  # ids of the test tiles, in the order of the first run, and their masks as RLE
     "Masks of the mean of the runs' last rounds. `SaltError` (from the stores) where a run lacks a tile of the first."
-    members = [(PredictionStore(run.folder / "predictions.zarr"), weight) for run, weight in zip(runs.values(), weights)]
+    members = [(run.store, weight) for run, weight in zip(runs.values(), weights)]
     ids, codes = members[0][0].ids, []
     for _, mean in averaged_ahead(lambda rows: weighted_mean(members, ids[rows]), in_pieces(len(ids))):
         codes += encode_masks(mean > 0.5)

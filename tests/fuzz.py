@@ -183,7 +183,7 @@ def check_recipe(data, path):
 def check_settings(data, path):
     path.write_bytes(data)
     given = predict_settings(make_parser().parse_args(["predict", "--settings", str(path)]))
-    assert set(given) == {"images", "models", "out"} and all(isinstance(value, str) for value in given.values())
+    assert set(given) == {"images", "models", "out"} and all(isinstance(value, str) and b"\0" not in os.fsencode(value) for value in given.values())
 
 
 def a_record():

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import torch
 
+from saltlib.core import process_memory
 from saltlib.data import PredictionStore, check_data, encode_masks, load_tiles, make_folds, read_by_id, read_folds, unique_pixels, write_folds, write_rle_csv
 from saltlib.ensemble import Ensemble, Group, average_round, score_out_of_fold
 from saltlib.inference import predict_to_store
@@ -118,8 +119,7 @@ def main() -> int:
     if args.step:
         step = next(step for step in STEPS if step.__name__ == args.step)
         step(args.root, args.tiles) if step is write_data else step(args.root)
-        peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-        print(int(peak.split()[1]) * 1024 // 10**6)
+        print(round(process_memory()["VmHWM"] * 2**20 / 10**6))
         return 0
     root, failed = Path(tempfile.mkdtemp(prefix="saltlib-load-")) / "data", False
     for step in STEPS:

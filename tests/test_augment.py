@@ -46,13 +46,27 @@ def draw(transform, image, mask=None, n=300):
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_images_stay_uint8_and_masks_binary(tiles, name):
-    data = TileDataset(*tiles, AUGMENTATIONS[name](), seed=3)
+    before, data = [part.copy() for part in tiles], TileDataset(*tiles, AUGMENTATIONS[name](), seed=3)
     for number in range(240):
         image, mask, row = data[0, number, number % 12]
         assert image.dtype == mask.dtype == np.uint8 and image.shape == mask.shape == (101, 101) and row == number % 12
         assert set(np.unique(mask)) <= {0, 1}
         assert mask.any() == (row > 0) or name == "bes" and row < 3  # shrunk to 0.4, a bar of 8 rows may pass out of the tile
-    assert np.array_equal(tiles[1], data.masks)  # the stored tiles are never touched
+    assert all(map(np.array_equal, before, tiles))  # the stored tiles are never touched
+
+
+KINDS = {"0 and 255": lambda m: m * np.uint8(255), "int64": np.int64, "0.0 and 1.0": np.float64, "mirrored": lambda m: m[:, :, ::-1].copy()[:, :, ::-1]}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_masks_of_any_kind_are_the_same_masks(tiles, kind):
+    usual, others = TileDataset(*tiles, AUGMENTATIONS["none"]()), TileDataset(tiles[0], kind(tiles[1]), AUGMENTATIONS["none"]())
+    plain = TileDataset(tiles[0], kind(tiles[1]))
+    for row in range(12):
+        assert np.array_equal(usual[0, 0, row][1], others[0, 0, row][1]) and np.array_equal(tiles[1][row], plain[row][1])
+        assert torch.from_numpy(plain[row][1]).dtype == torch.uint8
+    with pytest.raises(SaltError, match="compare probabilities with a threshold"):
+        TileDataset(tiles[0], tiles[1] * 0.5)
 
 
 @pytest.mark.parametrize("name", ["light", "wide", "bes", "phalanx"])

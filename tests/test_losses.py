@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from saltlib.losses import LOSSES, MARGINS, bce_dice, lovasz_hinge, three_output_loss
@@ -24,7 +24,6 @@ def choquet(logits, mask):
     return total
 
 
-@settings(deadline=None)
 @given(pixels)
 def test_relu_is_the_lovasz_extension(case):
     logits, mask = case
@@ -32,7 +31,6 @@ def test_relu_is_the_lovasz_extension(case):
     assert loss.item() == pytest.approx(choquet(logits, mask), abs=1e-5)
 
 
-@settings(deadline=None)
 @given(pixels, st.sampled_from(sorted(MARGINS)), st.integers(0, 99))
 def test_soft_masks_follow_the_same_formula(case, margin, seed):
     logits, hard = case

@@ -162,7 +162,6 @@ def boundary_by_definition(mask):
     return [(y, x) for y, x in zip(*np.nonzero(mask)) if outside & {(y, x + 1), (y + 1, x), (y, x - 1), (y - 1, x)}]
 
 
-@settings(deadline=None)
 @given(PAIRS)
 def test_boundary_error_by_definition(pair):
     for error, pred, true in zip(boundary_error(*pair), *pair):

@@ -100,6 +100,7 @@ def test_restore_agrees_with_opencv(name):
 @each
 def test_numpy_and_torch_give_the_same(name, tiles):
     assert torch.equal(prepare(tiles, name), prepare(torch.from_numpy(tiles), name))
+    assert torch.equal(prepare(tiles[:, :, ::-1], name), prepare(tiles[:, :, ::-1].copy(), name))  # a view
     assert torch.equal(prepare_masks(tiles > 120, name), prepare_masks((torch.from_numpy(tiles) > 120).byte(), name))
 
 

@@ -80,7 +80,7 @@ def test_duplicates_are_not_placed_wrongly(sections):
     twice = np.concatenate([images, images[:200]])
     found = find_neighbors(twice)
     names = np.concatenate([ids, ids[:200]])
-    assert len(named(found, names) & truth) >= 0.995 * len(found)
+    assert len(found) > 1000 and len(named(found, names) & truth) >= 0.995 * len(found)
 
 
 def test_pairs_are_consistent_and_grids_hold_each_tile_once(sections, neighbors):

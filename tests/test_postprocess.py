@@ -76,7 +76,7 @@ def brute_continued(grids, mask_of: dict) -> dict:
     return {id: line for id, line in changed.items() if id and id not in mask_of}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.floats(0.05, 0.95))
 def test_rules_do_what_their_words_say(seed, share):
     grids, ids, masks = invent(seed)
@@ -89,7 +89,7 @@ def test_rules_do_what_their_words_say(seed, share):
         assert all((given[id] == expected[id]).all() for id in given)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1))
 def test_known_tiles_and_tiles_in_no_mosaic_keep_their_masks_and_order_does_not_matter(seed):
     grids, ids, masks = invent(seed)
@@ -103,7 +103,7 @@ def test_known_tiles_and_tiles_in_no_mosaic_keep_their_masks_and_order_does_not_
     assert found == {**sources(grids, ids, masks, known, rules[1:]), **sources(grids, ids, masks, known, rules[:1])}
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1))
 def test_withheld_masks_have_no_influence_on_tiles_of_their_fold(seed):
     grids, ids, masks = invent(seed)

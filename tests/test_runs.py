@@ -71,6 +71,12 @@ def finished(tmp_path_factory):
     return base / "finished", (base / "finished.txt").read_text()
 
 
+@pytest.fixture
+def project(finished, tmp_path):
+    "A copy of the finished run's project, to be changed."
+    return Path(shutil.copytree(finished[0], tmp_path / "project", symlinks=True, ignore=shutil.ignore_patterns(".snakemake")))
+
+
 def reseal(folder):
     "A record that fits results which a test has changed."
     record = json.loads((folder / "record.json").read_text())
@@ -176,9 +182,7 @@ def test_executed_train_notebook_tells_the_whole_training(finished):
     assert "%|" not in text and "Warning" not in text
 
 
-def test_runs_are_compared_tile_by_tile(finished, tmp_path):
-    project = tmp_path / "project"
-    shutil.copytree(finished[0], project, symlinks=True, ignore=shutil.ignore_patterns(".snakemake"))
+def test_runs_are_compared_tile_by_tile(project):
     other = project / "outputs/other"
     shutil.copytree(project / "outputs/demo", other)
     (other / "recipe.yaml").write_text((other / "recipe.yaml").read_text().replace("seed: 2018", "seed: 7"))
@@ -198,9 +202,7 @@ def test_runs_are_compared_tile_by_tile(finished, tmp_path):
     assert refused.returncode == 1 and "There is no run no_such_run" in refused.stderr
 
 
-def test_runs_are_averaged(finished, tmp_path):
-    project = tmp_path / "project"
-    shutil.copytree(finished[0], project, symlinks=True, ignore=shutil.ignore_patterns(".snakemake"))
+def test_runs_are_averaged(project):
     other = project / "outputs/other"
     shutil.copytree(project / "outputs/demo", other)
     for path in (other / "round2").glob("**/predictions.zarr"):  # a run that says the contrary everywhere
@@ -280,9 +282,7 @@ def test_second_call_runs_nothing(finished):
     assert salt(project, "run", "demo", *SHORT, "--dry-run").stdout == "0 of 12 steps would run.\n"
 
 
-def test_a_copy_with_any_dates_is_not_made_again(finished, tmp_path):
-    project = tmp_path / "copy"
-    shutil.copytree(finished[0], project, symlinks=True, ignore=shutil.ignore_patterns(".snakemake"))
+def test_a_copy_with_any_dates_is_not_made_again(project, finished):
     steps = recipe_steps(read_recipe(project / "outputs/demo/recipe.yaml"))
     for age, step in enumerate(steps):  # each newer than those that read it
         os.utime(step_folder(read_recipe(project / "outputs/demo/recipe.yaml"), step, project / "outputs") / "record.json", (1e9 - age, 1e9 - age))
@@ -325,9 +325,7 @@ rounds:
     assert "0 of 8 steps to run" in salt(project, "run", "grows.yaml").stdout
 
 
-def test_what_a_finished_run_refuses_and_mends(finished, tmp_path):
-    project = tmp_path / "project"
-    shutil.copytree(finished[0], project, symlinks=True, ignore=shutil.ignore_patterns(".snakemake"))
+def test_what_a_finished_run_refuses_and_mends(project):
     before = records(project)
     (project / "data/broken").mkdir()
     for name in ("train.csv", "sample_submission.csv"):
@@ -408,9 +406,7 @@ def test_a_damaged_run_hides_no_other(tmp_path):
     )
 
 
-def test_damaged_result_is_refused_where_it_is_read(finished, tmp_path):
-    project = tmp_path / "project"
-    shutil.copytree(finished[0], project, symlinks=True, ignore=shutil.ignore_patterns(".snakemake"))
+def test_damaged_result_is_refused_where_it_is_read(project):
     weights = project / "outputs/demo/round1/compact/fold0/train/weights/last.safetensors"
     whole = weights.read_bytes()
     predict = ["step", "predict", "--recipe-file", "outputs/demo/recipe.yaml", "--round", "round1", "--phase", "compact", "--fold", "0"]
@@ -657,9 +653,7 @@ def test_no_kernel_is_forked_with_a_library_that_has_changed(tmp_path, monkeypat
         assert fork_kernel(*asked) is None
 
 
-def test_killed_training_goes_on_to_the_same_result(finished, tmp_path):
-    project = tmp_path / "project"
-    shutil.copytree(finished[0], project, symlinks=True, ignore=shutil.ignore_patterns(".snakemake"))
+def test_killed_training_goes_on_to_the_same_result(project, finished):
     before = records(project)
     weights = project / "outputs/demo/round2/compact/fold1/train/weights"
     shutil.rmtree(weights.parent)
