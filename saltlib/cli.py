@@ -20,7 +20,7 @@ def console():
     "rich's, for tables. Not on a terminal, a row is a line, however long: it can be searched."
     from rich.console import Console
 
-    return Console() if sys.stdout.isatty() else Console(width=10_000, soft_wrap=True)
+    return Console() if sys.stdout and sys.stdout.isatty() else Console(width=10_000, soft_wrap=True, quiet=not sys.stdout)
 
 
 def print_states(
@@ -30,10 +30,11 @@ def print_states(
 ) -> None:
     "Print what is done, running, failed or missing."
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     colours = {"done": "green", "running": "blue", "failed": "red", "missing": "yellow"}
-    table = Table(*columns, title=escape(title), caption=SCORE_NOTE if any("mAP" in text for _, _, text in rows) else None)
+    heads = [Column(name, overflow="fold") for name in columns]  # a path that is cut off can't be opened
+    table = Table(*heads, title=escape(title), caption=SCORE_NOTE if any("mAP" in text for _, _, text in rows) else None)
     for name, state, text in rows:
         table.add_row(escape(name), f"[{colours[state]}]{state}[/]", escape(text))
     console().print(table)
@@ -46,12 +47,12 @@ def list_runs() -> None:
     for name in run_names("outputs"):
         try:
             rows = status_rows(read_run(Path("outputs") / name), Path("outputs"))
-        except SaltError as error:  # of another version, or damaged: that hides no other run
-            found.append((name, "failed", str(error).splitlines()[0]))
+            at_work = holder(Path("outputs") / name / ".lock")  # also between its steps, and while they wait for a cluster
+        except (SaltError, OSError) as error:  # of another version, damaged, or somebody else's: that hides no other run
+            found.append((name, "failed", " ".join(map(str.strip, str(error).splitlines()[:2]))))
             continue
         states = [state for _, state, _ in rows]
         scores = [f"{step}: {figures}" for step, state, figures in rows if step.startswith("ensemble") and state == "done"]
-        at_work = holder(Path("outputs") / name / ".lock")  # also between its steps, and while they wait for a cluster
         state = "running" if at_work else next(state for state in ("running", "failed", "missing", "done") if state in states)
         found.append((name, state, "; ".join([f"{states.count('done')} of {len(rows)} steps done", *scores[-1:]])))
     print_states(found, ("run", "status", "steps and last score"), f"runs in outputs: {len(found)}")

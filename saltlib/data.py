@@ -318,7 +318,7 @@ def how_to_mend(
 ) -> str:
     "What to do about a data folder that is refused."
     if not (Path(root) / "train.csv").exists():
-        return "README tells under 'With your Kaggle data' how to get them; --data names another folder."
+        return "README tells under 'With your Kaggle data' how to get them, salt demo writes synthetic ones to data/demo; --data names another folder."
     return f"Mend or fetch these files again; salt check-data {shlex.quote(str(root))} lists everything that is wrong."
 
 

@@ -8,8 +8,8 @@ __all__ = ['Name', 'PhaseName', 'Snapshots', 'ModelName', 'OPTIONAL', 'Strict', 
            'full_name', 'set_value', 'missing_part', 'count_values', 'RecipeLoader', 'in_words', 'parse_recipe',
            'read_recipe', 'Step', 'fold_of', 'members', 'recipe_steps', 'find_step', 'previous_round', 'step_inputs',
            'trainings_beside', 'is_contaminated', 'recipe_folder', 'find_run', 'read_run', 'run_names', 'step_folder',
-           'part_read', 'input_checksums', 'rules_in_use', 'step_arguments', 'fold_file', 'begun_settings',
-           'check_settings', 'write_recipe']
+           'pseudo_labels_of', 'part_read', 'input_checksums', 'rules_in_use', 'step_arguments', 'fold_file',
+           'begun_settings', 'check_settings', 'write_recipe']
 
 # %% ../nbs/14_recipes.ipynb #b36c8219
 import os, re
@@ -156,7 +156,7 @@ class Phase(Strict):
         if self.skip_easy and self.draws:
             raise ValueError("skip_easy leaves tiles out of an epoch and draws repeats them: leave one of the two out")
         listed = {k for which in (self.weights, *self.fold_snapshots.values()) if not isinstance(which, str) for k in which}
-        if listed and (self.schedule.name != "cosine" or not listed <= set(range(self.schedule.cycles))):
+        if listed and (self.schedule.name != "cosine" or not 0 <= min(listed) <= max(listed) < self.schedule.cycles):
             raise ValueError(
                 f"there is a snapshot for each cycle of the cosine schedule, counted from 0, and none for {sorted(listed)}: see weights and schedule"
             )
@@ -235,7 +235,7 @@ class Round(Strict):
 
 class Folds(Strict):
     "How the train tiles are split, and which folds are run."
-    n: int = Field(5, ge=2)
+    n: int = Field(5, ge=2, le=1000)
     use: tuple[int, ...] = Field(default_factory=lambda given: tuple(range(given["n"])))  # folds to train, each validated on its own tiles; left out: all
     by: Literal["depth", "mosaic"] = "depth"  # as published, or each mosaic in one fold
     file: str | None = None  # a fold file of your own (id,fold) instead
@@ -444,7 +444,7 @@ def read_recipe(
             raise SaltError(f"--set {change} is no change: write key=value with a key of the recipe, such as 'rounds.*.phases.*.epochs=1'.")
         if not set_value(plain, keys := key.split("."), value):
             raise SaltError(f"--set {change} changes nothing in {path.name}: {missing_part(plain, keys)}.")
-    return parse_recipe(plain, path.name)
+    return parse_recipe(plain, f"{path.parent.name}/{path.name}")
 
 # %% ../nbs/14_recipes.ipynb #4a9f156b
 @dataclass(frozen=True)
@@ -606,14 +606,23 @@ def step_folder(
     return recipe_folder(recipe, outputs).joinpath(*filter(None, (step.round, step.phase, step.whose.replace(" ", ""), step.kind)))
 
 
+def pseudo_labels_of(
+    recipe: Recipe,
+    fold: int | None,  # None: of a shared phase
+) -> str:  # a file in the folder of an ensemble
+    "Where an ensemble leaves, and the next round finds, the pseudo-labels of a fold: its own, or those of all folds' networks."
+    return f"pseudo_labels/fold{fold}.csv" if recipe.clean_pseudo_labels and fold is not None else "pseudo_labels/all.csv"
+
+
 def part_read(
+    recipe: Recipe,
     step: Step,
     needed: Step,  # one of its `step_inputs`
 ) -> str:  # what the names of the files begin with; '': any
     "Which results of another step decide those of a step."
     if needed.kind == "train" and step.kind != "report":
         return "weights/"
-    return "pseudo_labels/" if needed.kind == "ensemble" and step.kind == "train" else ""
+    return pseudo_labels_of(recipe, step.fold) if needed.kind == "ensemble" and step.kind == "train" else ""
 
 
 def input_checksums(
@@ -626,7 +635,7 @@ def input_checksums(
     for needed in step_inputs(recipe, step):
         record = read_record(folder := step_folder(recipe, needed, outputs))
         sums[str(folder.relative_to(outputs))] = None if record is None else seal(
-            {name: sum for name, sum in record["files"].items() if name.startswith(part_read(step, needed))}
+            {name: sum for name, sum in record["files"].items() if name.startswith(part_read(recipe, step, needed))}
         )
     return sums
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import psutil
 
 from .core import SaltError, changed_files, checksum, pick_device, project_root, read_json, read_record
-from .core import runs_folder, socket_folder, usable_cores, visible_gpus, write_atomic
-from .data import SIZE, read_by_id, refuse_bad_data
+from .core import refuse_used, runs_folder, socket_folder, usable_cores, visible_gpus, write_atomic
+from .data import SIZE, how_to_mend, read_by_id, refuse_bad_data
 from .recipes import Recipe, Step, check_settings, find_step, input_checksums, read_recipe, recipe_folder
 from .recipes import recipe_steps, run_names, step_folder, step_inputs, write_recipe
 
@@ -281,7 +281,8 @@ def watch(
     "Run a command under a live view, or with plain lines where there is no terminal."
     from rich.live import Live
 
-    plain = verbose or not (quiet or sys.stdout and sys.stdout.isatty())  # it may be closed
+    live = sys.stdout and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"  # it may be closed, or unable to draw
+    plain = verbose or not (quiet or live)
     view = contextlib.nullcontext() if quiet or plain else Live(get_renderable=progress.table, refresh_per_second=2, transient=True)
     piped = {} if plain else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     before = {
@@ -318,7 +319,7 @@ def find_recipe(
     recipes, outputs = runs_folder() / "recipes", project_root() / "outputs"
     for path in (recipes / f"{name}.yaml", outputs / name / "recipe.yaml", Path(name) / "recipe.yaml", Path(name)):
         if path.is_file():
-            return path
+            return Path(os.path.abspath(path))  # of .. the name, too
     if (outputs / name).is_dir():
         raise SaltError(f"{outputs / name} is no run, or has lost its recipe.yaml: put that back, or give a recipe.")
     raise SaltError(
@@ -622,20 +623,19 @@ def report_page(
 
 def clear_outdated(
     recipe: Recipe,
-    outdated: Collection[Step],  # of `outdated_steps`
+    steps: Collection[Step],  # of `next_pass`, those that run now
     outputs: Path,
 ) -> None:
-    "Take away the records of steps that have to run again, and what these would otherwise go on with."
-    for step in outdated:
+    "Take away the records of steps that have to run again, and what these would otherwise go on with. What an interrupted step has made stays."
+    for step in steps:
         folder = step_folder(recipe, step, outputs)
         # Snakemake makes what is missing: so the record goes, and a training or prediction that had come to its end begins anew.
-        # So does an interrupted one whose weights or pseudo-labels are made anew: it would be refused, as the new ones may be others.
-        if (folder / "record.json").exists() or any(needed.kind in ("train", "ensemble") and needed in outdated for needed in step_inputs(recipe, step)):
+        if (folder / "record.json").exists():
             (folder / "checkpoint.pt").unlink(missing_ok=True)
             shutil.rmtree(folder / "predictions.zarr", ignore_errors=True)
             (folder / "record.json").unlink(missing_ok=True)
     page = report_page(recipe, outputs)
-    report = Step("report") in outdated
+    report = Step("report") in steps
     if report or page.exists() and not page.stat().st_size:
         page.unlink(missing_ok=True)
     if report:
@@ -757,6 +757,8 @@ def run_recipe(
     refuse_options(cluster, gpus, cores, per_gpu)
     wanted = steps_until(recipe, until)
     check_settings(recipe, outputs)
+    if not any((folder / part).exists() for part in ("recipe.yaml", "prepare")):
+        refuse_used(folder, f"the run {recipe.name}", left=[".lock", ".snakemake"])
     new = read_record(prepare) is None
     if new and recipe.folds.file:
         refuse_fold_file(recipe)
@@ -784,7 +786,9 @@ def run_recipe(
                     *outdated_lines(recipe, outdated, outputs),
                     f"{recipe.name}: {len(steps)} of {len(recipe_steps(recipe))} steps to run, results in {folder}/", sep="\n", flush=True,
                 )
-            clear_outdated(recipe, outdated, outputs)
+            if steps and not tile_tables(recipe.data):
+                raise SaltError(f"{recipe.data} has no tiles any more, which {steps[0]} reads. {how_to_mend(recipe.data)}")
+            clear_outdated(recipe, steps, outputs)
             if steps or not (until or report_page(recipe, outputs).exists()):
                 targets = steps if perhaps_more else wanted if until else []
                 command = snakemake_command(recipe, outputs, targets, cluster, cores or usable_cores(), gpus, per_gpu, use_gpu)

@@ -24,7 +24,7 @@ from conftest import ROOT
 from test_clusters import SINGLE
 from test_runs import SALT, make_project, workers
 
-from saltlib.running import execute_notebook, hold, outdated_lines, outdated_steps
+from saltlib.running import execute_notebook, hold, outdated_lines, outdated_steps, run_recipe
 from saltlib.core import RunRecord, SaltError, read_record, write_atomic
 from saltlib.data import PredictionStore
 from saltlib.models import load_weights, save_weights
@@ -105,6 +105,46 @@ def test_a_step_that_read_something_else_is_done_again(run):
     assert list(outdated) == others
     again = sum(step.kind == "train" for step in others)
     assert outdated_lines(recipe, outdated, outputs) == [f"Finished trainings whose inputs are no longer the same, and that are done again: {again}."]
+
+
+@pytest.fixture
+def project(run, tmp_path, monkeypatch):
+    "The folder of a project with that run, to work in."
+    monkeypatch.chdir(tmp_path)
+    for needed in ("settings.ini", "nbs/index.md"):
+        write_atomic(needed, "")
+    return tmp_path
+
+
+def test_what_does_not_run_now_stays(run, project, capsys):
+    recipe, outputs = run
+    _, training, predicting, *_ = steps = recipe_steps(recipe)
+    for step in (training, predicting, steps[-1]):
+        (step_folder(recipe, step, outputs) / "one.csv").unlink()
+    (step_folder(recipe, training, outputs) / "record.json").unlink()
+    for file in (interrupted := step_folder(recipe, training, outputs) / "checkpoint.pt", submission := outputs / "single/submission.csv"):
+        write_atomic(file, "made before")
+    before = sorted(path for path in outputs.rglob("*") if path.is_file() and path.name != ".lock")
+    run_recipe(recipe, until="prepare")
+    assert "0 of" in capsys.readouterr().out
+    assert [path for path in before if not path.exists()] == [] and interrupted.exists() and submission.exists()
+
+
+def test_a_run_without_its_data_loses_nothing(run, project):
+    recipe, outputs = run
+    training = step_folder(recipe, recipe_steps(recipe)[1], outputs)
+    write_atomic(training / "one.csv", "changed by a spreadsheet")
+    with pytest.raises(SaltError, match="has no tiles any more, which train round1 compact fold 0 reads"):
+        run_recipe(recipe)
+    assert read_record(training, verify=True, part="weights/")["status"] == "done"
+
+
+def test_a_run_takes_no_folder_that_holds_something_else(run, project):
+    recipe, outputs = run
+    write_atomic(outputs / "mean/submission.csv", "id,rle_mask\n")
+    with pytest.raises(SaltError, match="outputs/mean is there already and not empty: delete it or name another folder for the run mean"):
+        run_recipe(recipe.model_copy(update={"name": "mean"}))
+    assert [path.name for path in (outputs / "mean").iterdir()] == ["submission.csv"]
 
 
 def test_any_bit_of_a_record_may_be_wrong(run):
