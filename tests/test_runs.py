@@ -568,7 +568,7 @@ def test_a_run_ends_with_a_round(finished, tmp_path):
     assert "1 of 12 steps would run." in salt(project, "run", "demo", *SHORT, "--until", "round1", "--dry-run").stdout
     assert "6 of 12 steps are done" in salt(project, "run", "demo", *SHORT, "--until", "round1").stdout
     assert (project / "outputs/demo/round1/ensemble/record.json").exists() and not (project / "outputs/demo/round2").exists()
-    assert not (project / "outputs/demo/submission.csv").exists() and not list((project / "outputs/demo").rglob("*.part*"))
+    assert (project / "outputs/demo/submission.csv").exists() and not list((project / "outputs/demo").rglob("*.part*"))  # until a report makes it again
     assert "choose one of prepare, train, round1, round2" in salt(project, "run", "demo", *SHORT, "--until", "round3", check=False).stderr
 
 
