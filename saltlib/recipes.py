@@ -166,6 +166,8 @@ class Phase(Strict):
             raise ValueError("a shared phase learns from pseudo-labels only, since a train tile is some fold's validation tile: set data to pseudo")
         if self.shared and self.pseudo_labels.deal:
             raise ValueError("deal gives each fold pseudo-labels of its own, and a shared phase belongs to no fold: leave one of the two out")
+        if len(set(self.predict_as)) < len(self.predict_as):
+            raise ValueError("predict_as names a size twice: name each once")
         if others := [name for name in self.predict_as if not same_network(name, self.model)]:
             raise ValueError(f"{self.model} can't predict as {others[0]}, another network: predict_as lists sizes of the network that is trained")
         return self
@@ -302,6 +304,8 @@ class Recipe(Strict):
                     raise ValueError(f"{where} wants pseudo-labels, but no round comes before it")
                 known[where] = phase
             for name, group in round_.ensemble.items():
+                if len({full_name(round_name, member) for member in group.members}) < len(group.members):
+                    raise ValueError(f"the ensemble of {round_name} names a phase twice, {list(group.members)}: name it once, with its weight")
                 for member in group.members:
                     if (path := full_name(round_name, member)) not in known:
                         raise ValueError(
