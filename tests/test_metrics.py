@@ -66,15 +66,15 @@ def test_empty_tiles():
         assert precision_at_iou(pred, true).tolist() == tile_iou(pred, true).tolist() == [score]
 
 
-def test_integer_masks():
+def test_masks_of_numbers():
     rng = np.random.default_rng(0)
     pred, true = rng.random((2, 30, 101, 101)) < 0.5
-    assert mean_ap(pred.astype(np.uint8) * 255, true.astype(int)) == mean_ap(pred, true)
+    assert mean_ap(pred.astype(np.uint8) * 255, true.astype(int)) == mean_ap(pred.astype(float), true) == mean_ap(pred, true)
 
 
 @pytest.mark.parametrize("pred, true", [
     (np.zeros((2, 5, 5), bool), np.zeros((3, 5, 5), bool)), (np.zeros((5, 5), bool), np.zeros((5, 5), bool)),
-    (np.zeros((2, 1, 5, 5), bool), np.zeros((2, 1, 5, 5), bool)), (np.zeros((2, 5, 5), np.float32), np.zeros((2, 5, 5), bool)),
+    (np.zeros((2, 1, 5, 5), bool), np.zeros((2, 1, 5, 5), bool)), (np.full((2, 5, 5), 0.5, np.float32), np.zeros((2, 5, 5), bool)),
 ])
 def test_bad_masks(pred, true):
     for score in (tile_iou, precision_at_iou, mean_ap, boundary_error):
