@@ -128,7 +128,7 @@ def plot_predictions(
     for ax in axes.flat:
         ax.set_axis_off()
     for k in range(len(images)):
-        own = axes[deep * (k // columns) :, k % columns]
+        own = axes[deep * (k // columns) :, k % columns][:deep]
         plain, outlined, probability = own[:3]
         _draw_seismic(plain, images[k], None, None)
         _draw_seismic(outlined, images[k], masks[k], None)

@@ -126,6 +126,8 @@ def test_predictions_show_image_outlines_and_probability(tiles, n):
     assert png(figure) < 400_000 and all(name in texts(figure) for name in ids)
     assert len([ax for ax in figure.axes if ax.images]) == 3 * n
     assert len(figure.axes) == 3 * max(n, 1) + (n > 0)  # a bar beside them, no room left blank
+    named = [text.get_text() for ax in figure.axes if ax.images for text in ax.texts]
+    assert sorted(named) == sorted(["image", "outlines", "probability"] * -(-n // 6))  # a name a row of pictures, each once
 
 
 def test_each_tile_is_drawn_with_its_own(tiles):
