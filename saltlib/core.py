@@ -10,8 +10,8 @@ __all__ = ['PACKAGED', 'PACKAGES', 'SaltError', 'project_root', 'runs_folder', '
            'changed_files', 'flat_settings', 'flat_differences']
 
 # %% ../nbs/00_core.ipynb #c9c673a4
-import contextlib, errno, hashlib, importlib.metadata, importlib.resources, json, os, platform, random, re
-import resource, shutil, subprocess, sys, tempfile, time, zipfile
+import contextlib, errno, hashlib, importlib.metadata, importlib.resources, json, os, pickle, platform, random
+import re, resource, shutil, subprocess, sys, tempfile, time, zipfile
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -129,7 +129,10 @@ def read_torch(
         with zipfile.ZipFile(path) as file:
             if damaged := file.testzip():  # torch.load itself does not look at the checksums
                 raise ValueError(f"{damaged} is damaged")
-    return torch.load(path, map_location=device, weights_only=True)
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError:  # torch's own words advise to load it with weights_only=False, which runs the code in it
+        raise ValueError("it holds more than tensors and plain values") from None
 
 # %% ../nbs/00_core.ipynb #12d6d79e
 def derive_seed(

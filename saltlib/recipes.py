@@ -31,6 +31,14 @@ class Strict(BaseModel):
     "Base of all parts of a recipe: typed, unchangeable, unknown keys and infinite numbers refused."
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def no_truth_value_for_a_number(cls, given):
+        for name, value in given.items() if isinstance(given, dict) else ():
+            if isinstance(value, bool) and name in cls.model_fields and cls.model_fields[name].annotation is not bool:  # else yes would count as 1
+                raise ValueError(f"{name} should be no truth value, as which YAML reads yes, no, on, off, true and false")
+        return given
+
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]  # becomes a folder's name
 PhaseName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]*(/[A-Za-z][A-Za-z0-9_]*)?$")]  # of this round, or 'round/phase' of an earlier one
