@@ -152,7 +152,7 @@ def reflectivity(
     rng: np.random.Generator,
     mask: np.ndarray,  # bool [H,W], salt
     seabed: np.ndarray,  # float [1,W], row of the sea floor; negative: not in the section
-    period: float,  # of the wavelet at the top, in pixels; beds thinner than that are not resolved
+    period: float,  # of the wavelet at the top, in pixels; beds thinner than some 0.4 of it are not resolved
 ) -> np.ndarray:  # float32 [H,W]
     "What the section reflects, noise included."
     change = lambda impedance: np.diff(impedance, axis=0, prepend=impedance[:1])
