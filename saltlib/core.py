@@ -132,7 +132,7 @@ def read_torch(
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError:  # torch's own words advise to load it with weights_only=False, which runs the code in it
-        raise ValueError("it holds more than tensors and plain values") from None
+        raise ValueError("it is damaged, or holds more than tensors and plain values") from None
 
 # %% ../nbs/00_core.ipynb #12d6d79e
 def derive_seed(
@@ -310,7 +310,7 @@ def peak_memory(
 def seal(
     record: dict,  # without its own checksum, as JSON gives it back
 ) -> str:  # SHA-256, hexadecimal
-    "The checksum by which a damaged record is found."
+    "A checksum of plain values, as records have one of their own."
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 

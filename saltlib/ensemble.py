@@ -236,11 +236,12 @@ class Ensemble:
         self,
         ids: np.ndarray,  # [n] train tiles
         folds: np.ndarray,  # int [n], the fold of each
+        work: Callable | None = None,  # (fold, ids [k] of its tiles) -> [k,101,101]; None: `fold_mean`
     ) -> np.ndarray:  # float32 [n,101,101]
-        "`fold_mean` of each tile by its own fold's networks."
+        "Each tile by its own fold's networks."
         probs = np.empty((len(ids), SIZE, SIZE), np.float32)
         for fold in np.unique(folds).tolist():
-            probs[folds == fold] = self.fold_mean(fold, ids[folds == fold])
+            probs[folds == fold] = (work or self.fold_mean)(fold, ids[folds == fold])
         return probs
 
 

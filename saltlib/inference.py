@@ -340,11 +340,12 @@ def predict_to_store(
     "Predict what the store lacks, piece by piece."
     pieces = store.pending()
     predictors = [Predictor(network, name, len(images), device=device) for network in networks for name in model_names if pieces]
-    before = None
+    stored, before = len(images) - sum(len(images[rows]) for rows in pieces), None
     for rows in [*pieces, None]:
         parts = [predictor.start(images[rows]) for predictor in predictors] if rows else []
         if before:
             written, waiting = before
             store.write(written, sum(finish() / len(waiting) for finish in waiting))
-            yield written.stop
+            stored += len(images[written])
+            yield stored
         before = rows, parts

@@ -74,11 +74,12 @@ def find_sources(
     rules: tuple[str, ...],  # names in `RULES`
 ) -> dict[str, str]:  # unknown tile -> the known tile whose last row it gets
     "What the rules say about the tiles without known masks."
-    given = {}
-    for _, mosaic in mosaics.sort_values(["mosaic", "column", "row"]).groupby("mosaic"):
-        columns = [dict(zip(part["id"], part["row"])) for _, part in mosaic.groupby("column")]
+    places, given = {}, {}  # mosaic -> column -> id -> row
+    for id, mosaic, row, column in mosaics[["id", "mosaic", "row", "column"]].sort_values(["mosaic", "column", "row"]).itertuples(index=False):
+        places.setdefault(mosaic, {}).setdefault(column, {})[id] = row
+    for columns in places.values():
         for rule in rules:
-            given = RULES[rule](columns, straight) | given
+            given = RULES[rule]([*columns.values()], straight) | given
     return {id: source for id, source in given.items() if id not in straight}
 
 

@@ -15,6 +15,7 @@ __all__ = ['SCORE_NOTE', 'FOLLOWS', 'check_parameters', 'say', 'LabelledLines', 
 import contextlib, csv, fcntl, io, json, os, re, shutil, signal, socket, subprocess, sys, tempfile, time
 from collections import Counter, deque
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -109,15 +110,20 @@ def hold(
     "Lock a file for this process."
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if not wait:
-            file.close()
-            return None
-        file.seek(0)
-        print(f"{what} is at work already ({file.read() or 'just started'}); waiting for it to end.", file=sys.stderr, flush=True)
-        fcntl.flock(file, fcntl.LOCK_EX)
+    for last in (False, True):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if not last:
+                time.sleep(0.05)  # `holder` may just be looking
+            elif not wait:
+                file.close()
+                return None
+            else:
+                file.seek(0)
+                print(f"{what} is at work already ({file.read() or 'just started'}); waiting for it to end.", file=sys.stderr, flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
     file.truncate(0)
     file.write(f"begun by process {os.getpid()} on {socket.gethostname()}")
     file.flush()
@@ -206,6 +212,7 @@ class Progress:
     ):
         self.name, self.work, self.epochs, self.is_done = name, work, epochs, is_done
         self.last, self.others, self.started = {}, deque(maxlen=20), time.perf_counter()
+        self.heard = {}  # share of a step that is done
         self.before = {}  # share of a training that was done when it began
 
     def hear(self, line: str) -> None:
@@ -213,20 +220,18 @@ class Progress:
         step, bar, text = line.rstrip().partition(" | ")
         if bar and step in self.work:
             self.last[step] = text
-            if found := re.match(r"going on after epoch (\d+)", text):
-                self.before[step] = (int(found[1]) + 1) / self.epochs[step]
+            if found := re.match(r"(going on after )?epoch +(\d+)", text):
+                self.heard[step] = (int(found[2]) + 1) / self.epochs[step]
+                if found[1]:
+                    self.before[step] = self.heard[step]
+            elif found := re.match(r"(\d+) of (\d+) tiles", text):
+                self.heard[step] = int(found[1]) / int(found[2])
         elif line.strip():
             self.others.append(line.rstrip())
 
     def share(self, step: str) -> float:  # 0..1
         "How much of a step is done."
-        if self.is_done(step):
-            return 1.0
-        text = self.last.get(step, "")
-        if found := re.match(r"epoch +(\d+) ", text):
-            return (int(found[1]) + 1) / self.epochs[step]
-        found = re.match(r"(\d+) of (\d+) tiles", text)
-        return int(found[1]) / int(found[2]) if found else self.before.get(step, 0.0)
+        return 1.0 if self.is_done(step) else self.heard.get(step, 0.0)
 
     def seconds_left(self) -> float | None:  # None until there is something to judge by
         "Time left at the speed so far, to which the epochs of an earlier call do not count."
@@ -377,11 +382,12 @@ def outdated_steps(
     outputs: Path,
 ) -> dict[Step, str]:  # in the order in which they have to run; which result is damaged or gone, '' if none is
     "Steps that are not done, whose results are gone or damaged, or that read something else than what is there now."
-    outdated = {}
-    for step in recipe_steps(recipe):
-        folder = step_folder(recipe, step, outputs)
-        record = read_record(folder)
-        changed = changed_files(folder, record) if record else []
+    outdated, steps = {}, recipe_steps(recipe)
+    folders = [step_folder(recipe, step, outputs) for step in steps]
+    records = [read_record(folder) for folder in folders]
+    with ThreadPoolExecutor() as pool:  # checksums of all predictions
+        changes = [*pool.map(lambda folder, record: changed_files(folder, record) if record else [], folders, records)]
+    for step, folder, record, changed in zip(steps, folders, records, changes):
         lost = step.kind == "report" and not (folder / "report.ipynb").exists()  # its page is made from it
         if record is None or changed or lost or reads_another(recipe, step, outputs, record["inputs"]):
             outdated[step] = f"{changed[0]} is missing or no longer what the step '{step}' wrote, which is done again." if changed else ""

@@ -29,7 +29,7 @@ from .ensemble import Ensemble, Group, averaged_ahead, choose_pseudo_labels, dec
 from .metrics import precision_at_iou, score
 from .mosaic import CLOSE, closest_known, mosaic_groups
 from .postprocess import correct_codes, find_sources, straight_masks, straight_rows
-from .recipes import Folds, Members, Phase, Recipe, Step, find_run, find_step, fold_file, fold_of, full_name
+from .recipes import EnsembleGroup, Folds, Phase, Recipe, Step, find_run, find_step, fold_file, fold_of, full_name
 from .recipes import input_checksums, is_contaminated, part_read, previous_round, pseudo_labels_of, read_recipe, read_run, recipe_folder
 from .recipes import recipe_steps, rules_in_use, run_names, step_arguments, step_folder, step_inputs
 from .synthetic import make_tiles
@@ -345,7 +345,7 @@ def best_and_worst(
     "Which tiles show how good predictions are."
     ranked = precision.argsort(kind="stable")
     salty = ranked[masks[ranked].any(axis=(1, 2))]
-    return salty[[-1, len(salty) // 2]][: len(salty)] if len(salty) else salty, ranked[:worst]
+    return salty[[-1, (len(salty) - 1) // 2]][: len(salty)] if len(salty) else salty, ranked[:worst]
 
 
 def score_line(
@@ -388,7 +388,7 @@ def round_ensemble(
     ends: list | None = None,  # as in `Ensemble`
 ) -> Ensemble:
     "The predictions that a round averages, in their groups."
-    def stores(group: Members, fold: int):
+    def stores(group: EnsembleGroup, fold: int):
         names = [(full_name(step.place.round, member).split("/"), weight) for member, weight in group.members.items()]
         return [(PredictionStore(step.folder_of("predict", *name, fold) / "predictions.zarr"), weight) for name, weight in names]
 
@@ -498,7 +498,7 @@ def compare_folds(
     scores = {}
     for file in (recipe_folder(step.recipe, step.outputs) / "recipe.yaml", *sorted(step.outputs.glob("*/recipe.yaml"))):
         try:
-            recipe = read_recipe(file)
+            recipe = read_run(file.parent)
             folder = step_folder(recipe, Step("ensemble", recipe.last_round), step.outputs)
             comparable = plain(recipe) == plain(step.recipe) and read_record(folder, verify=True, part="out_of_fold.csv")
         except SaltError:  # of another version, or damaged, which is no matter of this run
