@@ -19,10 +19,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import (
-    BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, StringConstraints, ValidationError, field_validator, model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from .core import SaltError, checksum, flat_differences, read_record, seal, write_atomic
 
@@ -181,12 +178,6 @@ class Phase(Strict):
             raise ValueError(f"{self.model} can't predict as {others[0]}, another network: predict_as lists sizes of the network that is trained")
         return self
 
-    @model_serializer(mode="wrap")
-    def plain(self, fields: SerializerFunctionWrapHandler) -> dict:  # without unused settings that the records of older runs lack
-        "The phase as it stands in recipes and records."
-        unused = {name for name, used in (("predict_as", self.predict_as), ("repeat_train", self.repeat_train > 1)) if not used}
-        return {k: v for k, v in fields(self).items() if k not in unused}
-
     def files(
         self,
         fold: int | None,  # None: of a shared phase
@@ -199,11 +190,6 @@ class Phase(Strict):
     def prediction_models(self) -> tuple[ModelName, ...]:
         "As which networks of saltlib.models the phase predicts."
         return self.predict_as or (self.model,)
-
-    @property
-    def recorded_sizes(self) -> dict[str, list[ModelName]]:
-        "What records of predictions say of `predict_as`: nothing where it is not set."
-        return {"predict_as": list(self.predict_as)} if self.predict_as else {}
 
     @property
     def synthetic(self) -> bool:
@@ -675,7 +661,7 @@ def step_arguments(
         }
     elif step.kind == "predict":
         phase = recipe.phase_of(step)
-        common |= {"weights": phase.files(step.fold)} | phase.recorded_sizes
+        common |= {"weights": phase.files(step.fold), "predict_as": list(phase.predict_as)}
     elif step.kind == "ensemble":
         groups = {name: group.model_dump(mode="json") for name, group in recipe.rounds[step.round].ensemble.items()}
         common |= {

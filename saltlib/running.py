@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from .core import SaltError, changed_files, checksum, pick_device, project_root, read_json, read_record
+from .core import SaltError, changed_files, pick_device, project_root, read_json, read_record
 from .core import refuse_used, runs_folder, socket_folder, usable_cores, visible_gpus, write_atomic
 from .data import SIZE, how_to_mend, read_by_id, refuse_bad_data
 from .recipes import Recipe, Step, check_settings, find_step, input_checksums, read_recipe, recipe_folder
@@ -401,11 +401,7 @@ def reads_another(
     read: dict[str, str],  # inputs in its record
 ) -> bool:
     "Would a step now read something else than it did? Of a step that is to be made again nobody knows yet."
-    for name, sum in input_checksums(recipe, step, outputs).items():
-        # Until November 2026, records named the checksums of whole records.
-        if name not in read or sum and read[name] not in (sum, checksum(outputs / name / "record.json")):
-            return True
-    return False
+    return any(name not in read or sum and read[name] != sum for name, sum in input_checksums(recipe, step, outputs).items())
 
 
 def steps_after(

@@ -70,7 +70,7 @@ class RunStep:
     def weight_checksums(self) -> dict:  # plain values, for the store of predictions
         "Which weights a predict step uses, and at which other sizes, so that it never goes on with predictions of others."
         files = read_record(self.trained)["files"]
-        return {name: files[name] for name in self.phase.files(self.place.fold)} | self.phase.recorded_sizes
+        return {name: files[name] for name in self.phase.files(self.place.fold)} | {"predict_as": list(self.phase.predict_as)}
 
     @property
     def contaminated(self) -> bool:
@@ -177,14 +177,15 @@ def run_tiles(
 ) -> Tiles:
     "The run's tiles, as `load_tiles`. `SaltError` if they are no longer those that the prepare step saw."
     tiles = load_tiles(step.recipe.data, split, before=before)
-    if (noted := step.folder_of("prepare") / "tiles.csv").exists():  # else the run was begun before there was one
-        table, own = pd.read_csv(noted, dtype=str).query("split == @split"), tiles[: len(tiles) - len(before or ())]
-        then, now = set(zip(table["id"], table["checksum"])), set(zip(own.ids.tolist(), tile_checksums(own)))
-        if changed := sorted({id for id, _ in then ^ now}):
-            raise SaltError(
-                f"{len(changed)} {split} tiles in {step.recipe.data} are not those that {step.recipe.name} began with, {changed[0]} first: "
-                "put the old ones back, or give a run on the new ones a name of its own with --set name=...."
-            )
+    if not (noted := step.folder_of("prepare") / "tiles.csv").exists():
+        raise SaltError(f"{noted} is missing, which says of which tiles {step.recipe.name} is: the run's command makes it again.")
+    table, own = pd.read_csv(noted, dtype=str).query("split == @split"), tiles[: len(tiles) - len(before or ())]
+    then, now = set(zip(table["id"], table["checksum"])), set(zip(own.ids.tolist(), tile_checksums(own)))
+    if changed := sorted({id for id, _ in then ^ now}):
+        raise SaltError(
+            f"{len(changed)} {split} tiles in {step.recipe.data} are not those that {step.recipe.name} began with, {changed[0]} first: "
+            "put the old ones back, or give a run on the new ones a name of its own with --set name=...."
+        )
     return tiles
 
 # %% ../nbs/15_steps.ipynb #e51c0a01
