@@ -113,7 +113,7 @@ def read_json(
 ) -> dict | list:
     "The content of a JSON file; `SaltError` if it is missing or damaged."
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # -sig: as some editors begin a file
     except (OSError, ValueError, RecursionError) as error:  # RecursionError: brackets in brackets in brackets ...
         raise SaltError(f"{path} is missing or damaged ({error}): delete it and repeat the step that writes it.") from error
 

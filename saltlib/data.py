@@ -7,8 +7,8 @@ __all__ = ['ID', 'SIZE', 'LARGEST_FILE', 'CHUNK', 'refuse', 'find_rows', 'shown'
            'TileFiles', 'folder_files', 'leaves_folder', 'zip_files', 'open_split', 'decode_all', 'stack_tiles',
            'Tiles', 'how_to_mend', 'parse_depth', 'load_tiles', 'tile_checksums', 'load_images', 'as_masks',
            'encode_masks', 'rle_encode', 'rle_decode', 'write_rle_csv', 'read_rle_csv', 'check_ids', 'check_masks',
-           'check_data', 'refuse_bad_data', 'is_black', 'unique_pixels', 'make_folds', 'coverage_strata', 'deal_groups',
-           'write_folds', 'read_folds', 'widen', 'PredictionStore']
+           'check_data', 'refuse_bad_data', 'is_black', 'unique_pixels', 'make_folds', 'group_numbers',
+           'coverage_strata', 'deal_groups', 'write_folds', 'read_folds', 'widen', 'PredictionStore']
 
 # %% ../nbs/01_data.ipynb #db61189d
 import contextlib, csv, hashlib, itertools, os, re, shlex, shutil, struct, zipfile, zlib
@@ -191,6 +191,9 @@ def folder_files(
         return files
     try:
         for path in sorted(Path(folder).iterdir()):
+            if path.is_symlink() and not path.exists():
+                files.problems.append(f"{place}/{path.name} is a link to nothing.")
+                continue
             files.add(path.name if path.is_file() else path.name + "/", path)  # a FIFO of that name would be read for ever
     except OSError as error:
         files.problems.append(f"{place} can't be read ({error.strerror}).")
@@ -348,7 +351,8 @@ def load_tiles(
                 masks = stack_tiles(files["masks"], ids, problems, mask=True)
     except SaltError as error:
         raise SaltError(f"{root}: {error}") from None
-    refuse(problems + [f"depths.csv has no depth for {id}." for id in ids if depths.get(id) is None], root, how_to_mend(root))
+    problems += [f"depths.csv has no depth for {id}, or none that is a whole number of feet." for id in ids if depths.get(id) is None]
+    refuse(problems, root, how_to_mend(root))
     ids, depths = np.array(ids, dtype=str), np.array([depths[id] for id in ids], dtype=int)
     order = [tiles for tiles in (after, Tiles(ids, images, masks, depths), before) if tiles is not None]
     return Tiles(np.concatenate([tiles.ids for tiles in order]), images, masks, np.concatenate([tiles.depths for tiles in order]))
@@ -414,11 +418,11 @@ def rle_encode(
 
 # %% ../nbs/01_data.ipynb #52426ed8
 def rle_decode(
-    rle: str | float,  # run-length code; '' or NaN: no salt
+    rle: str | float,  # run-length code; '', NaN or pandas' NA: no salt
     shape: tuple[int, int] = (SIZE, SIZE),  # height, width
 ) -> np.ndarray:  # bool [H,W]
     "The mask of a run-length code. `SaltError` if a number is missing or none, or if runs overlap, are unsorted or leave the tile."
-    words = rle.split() if isinstance(rle, str) else [] if rle != rle else [""]
+    words = rle.split() if isinstance(rle, str) else [] if str(rle) in ("nan", "<NA>") else [""]
     code = shown(str(rle))
     if len(words) % 2 or not all(re.fullmatch("[0-9]{1,9}", word) for word in words):
         raise SaltError(f"The run-length code {code} is not made of pairs of whole numbers 'start length'.")
@@ -551,7 +555,7 @@ def make_folds(
     ids: np.ndarray,  # [N] all train and test ids
     depths: np.ndarray,  # int [N], feet
     n: int = 5,  # number of folds
-    groups: np.ndarray | None = None,  # numbers or names [N]; the same one: the same fold; a negative number: a group of its own
+    groups: np.ndarray | None = None,  # numbers or names [N]; the same one: the same fold; -1 or another negative number, among names too: a group of its own
     coverage: np.ndarray | None = None,  # float [N], share of salt, 0..1; negative or NaN where not known (test tiles)
 ) -> np.ndarray:  # int [N], 0..n-1
     """Fold of each tile: by depth, or by groups balanced in number and coverage. `SaltError` on ids that are there twice, unequal lengths, too few tiles,
@@ -559,22 +563,32 @@ def make_folds(
     ids, depths = np.asarray(ids, dtype=str), np.asarray(depths)
     if any(np.shape(given) != (len(ids),) for given in (depths, groups, coverage) if given is not None):
         raise SaltError("Folds need ids, depths, groups and coverage of the same length, one of each for a tile.")
-    if depths.dtype.kind not in "iuf" or np.isnan(depths).any():
+    if depths.dtype.kind not in "iuf" or not np.isfinite(depths).all():
         raise SaltError("Depths must be numbers, one for each tile.")
-    if len(np.unique(ids)) < len(ids) or not 2 <= n <= len(ids):
-        raise SaltError(f"Can't deal {len(ids)} tiles ({len(np.unique(ids))} different ids) to {n} folds: ids must be unique, 2 <= folds <= tiles.")
+    if len(np.unique(ids)) < len(ids) or not isinstance(n, int | np.integer) or not 2 <= n <= len(ids):
+        raise SaltError(
+            f"Can't deal {len(ids)} tiles ({len(np.unique(ids))} different ids) to {n!r} folds: ids must be unique, folds a whole number, 2 <= folds <= tiles."
+        )
     order, folds = np.lexsort((ids, depths)), np.zeros(len(ids), dtype=int)
     if groups is None and coverage is None:
         folds[order] = np.arange(len(ids)) % n
     else:
-        groups = np.full(len(ids), -1) if groups is None else np.array(np.asarray(groups).tolist())
-        if groups.dtype.kind == "U":
-            groups = np.unique(groups, return_inverse=True)[1]
-        elif groups.dtype.kind not in "iuf" or np.isnan(groups).any():
-            raise SaltError("Groups must be a number or a name for each tile: -1 for a tile that belongs to none.")
+        groups = np.full(len(ids), -1) if groups is None else group_numbers(groups)
         coverage = np.full(len(ids), np.nan) if coverage is None else np.asarray(coverage, dtype=float)
         folds[order] = deal_groups(groups[order], coverage_strata(coverage[order]), n)
     return folds
+
+
+def group_numbers(
+    groups: np.ndarray,  # [N], as in `make_folds`
+) -> np.ndarray:  # numbers [N]
+    "Groups as numbers. `SaltError` if one is neither a number nor a name, or if there are names and other numbers than negative ones."
+    given, named = np.asarray(groups, dtype=object).tolist(), {}
+    numbers = np.array([-1 if group == "-1" else named.setdefault(group, len(named)) if isinstance(group, str) else group for group in given])
+    strange = numbers.dtype.kind not in "iuf" or np.isnan(numbers).any()
+    if strange or named and any(not isinstance(group, str) and group >= 0 for group in given):
+        raise SaltError("Groups must be a number for each tile, or a name for each: -1 for a tile that belongs to none.")
+    return numbers
 
 
 def coverage_strata(

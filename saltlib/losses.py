@@ -24,7 +24,7 @@ def at_least_float32(
 
 def pixel_rows(
     scores: torch.Tensor,  # logits or probabilities [N,H,W] or [N,1,H,W]
-    masks: torch.Tensor,  # bool or 0..1, [N,H,W] or [N,1,H,W]
+    masks: torch.Tensor,  # bool, whole numbers (0: no salt) or 0..1, [N,H,W] or [N,1,H,W]
 ) -> tuple[torch.Tensor, torch.Tensor]:  # both [N,H*W], at least float32
     "Scores and masks as one row a tile; `SaltError` if their sizes differ."
     rows, targets = scores.flatten(1), masks.flatten(1)
@@ -33,7 +33,7 @@ def pixel_rows(
             f"The network's output {tuple(scores.shape)} and the masks {tuple(masks.shape)} differ in size: "
             "make the masks with prepare_masks of the same network."
         )
-    rows = at_least_float32(rows)
+    rows, targets = at_least_float32(rows), targets if targets.is_floating_point() else targets != 0  # 255 is salt, too
     return rows, targets.to(rows.dtype)
 
 # %% ../nbs/05_losses.ipynb #51604bfd

@@ -217,7 +217,7 @@ def torchvision_encoder(
             net.load_state_dict(imagenet_weights(encoder))
         except (RuntimeError, TypeError, AttributeError) as error:
             raise SaltError(
-                f"The file named by SALT_ENCODER_DIR does not hold the weights of {encoder}: name a folder with one file for each encoder. {error}"
+                f"The file named by SALT_ENCODER_DIR does not hold the weights of {encoder}: name a folder with one file for each encoder."
             ) from error
     del net.fc
     return net
@@ -597,11 +597,11 @@ def prepare_masks(
 
 
 def restore(
-    probs: torch.Tensor,  # the network's probabilities [N,H,W] or [N,1,H,W]
+    probs: torch.Tensor,  # the network's probabilities [N,H,W] or [N,1,H,W], NumPy's or torch's
     model_name: str,  # one of MODELS
 ) -> torch.Tensor:  # float32 [N,101,101], on the device of `probs`
     "Probabilities cut and resized to the tile: the way back from `prepare`. `SaltError` for another size than the network's."
-    network = find_network(model_name)
+    network, probs = find_network(model_name), torch.as_tensor(probs)
     size, start, side = network.size, network.pad[0], network.side
     if probs.shape[-2:] != (side, side) or probs.ndim not in (3, 4) or probs.ndim == 4 and probs.shape[1] != 1:
         raise SaltError(f"{model_name} gives maps of {side} x {side} pixels for tiles, these have {list(probs.shape)}.")

@@ -19,7 +19,7 @@ from .core import SaltError, pick_device, project_root, read_record, refuse_plac
 from .recipes import Step, find_run, full_name, read_run, step_folder
 
 # %% ../nbs/19_new_tiles.ipynb #c8d31c76
-PUBLISHED_V5 = re.compile(r"model_128_res34v5(?P<fold>[0-4])(?P<snapshot>[0-3])\.pth")
+PUBLISHED_V5 = re.compile(r"model_128_res34v5(?P<fold>[0-4])(?P<snapshot>(?<=[0-2])[0-3]|[0-2])\.pth")  # folds 3 and 4 have three snapshots
 PUBLISHED_BES = re.compile(r"unet_resnext_50_lovasz_stage_2_(?P<stage>[2-5])/fold_(?P<fold>[0-4])\.hdf5")
 
 

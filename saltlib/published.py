@@ -51,7 +51,12 @@ def fill(
     text = "; ".join(f"{len(names)} {kind}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" for kind, names in problems.items() if names)
     if text:
         raise SaltError(f"{path} does not fit this network. Its tensors: {text}. Name the model that the file belongs to, or take the released file.")
-    state = {key: source.convert([found[name] for name in source.names]) for key, source in sources.items()}
+    state = {}
+    for key, source in sources.items():
+        try:
+            state[key] = source.convert([found[name] for name in source.names])
+        except SaltError as error:
+            raise SaltError(f"{path}, {' and '.join(source.names)}: {error}") from None
     if broken := [key for key, tensor in state.items() if not tensor.isfinite().all()]:
         raise SaltError(f"{path} is damaged: {len(broken)} of its tensors hold infinite numbers or none, among them {broken[0]}. Take the released file.")
     counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
@@ -105,7 +110,7 @@ def equal_twins(
     values: list[torch.Tensor],  # one or two, of the same shape
 ) -> torch.Tensor:
     "The first of one or two tensors; `SaltError` if the two differ."
-    if any(not torch.equal(values[0], value) for value in values[1:]):
+    if any(not torch.allclose(values[0], value, rtol=0, atol=0, equal_nan=True) for value in values[1:]):
         raise SaltError(
             "The file holds an encoder tensor under two names with different values: it is damaged or was put together from several networks. "
             "Take the released file."

@@ -444,7 +444,7 @@ def read_recipe(
             raise SaltError(f"--set {change} is no change: write key=value with a key of the recipe, such as 'rounds.*.phases.*.epochs=1'.")
         if not set_value(plain, keys := key.split("."), value):
             raise SaltError(f"--set {change} changes nothing in {path.name}: {missing_part(plain, keys)}.")
-    return parse_recipe(plain, str(path))
+    return parse_recipe(plain, f"{path}, as --set changes it," if changes else str(path))
 
 # %% ../nbs/14_recipes.ipynb #4a9f156b
 @dataclass(frozen=True)

@@ -24,6 +24,12 @@ def choquet(logits, mask):
     return total
 
 
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_whole_numbers_above_0_are_salt(name):
+    logits, masks = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(128).reshape(2, 1, 8, 8) % 3 == 0
+    assert LOSSES[name](logits, masks.to(torch.uint8) * 255) == LOSSES[name](logits, masks)
+
+
 @given(pixels)
 def test_relu_is_the_lovasz_extension(case):
     logits, mask = case

@@ -92,6 +92,7 @@ def test_restore_agrees_with_opencv(name):
     probs = torch.rand(2, 1, size + sum(pad), size + sum(pad))
     tiles = restore(probs, name)
     assert torch.equal(tiles, restore(probs[:, 0], name))
+    assert torch.equal(tiles, restore(probs.numpy(), name))
     for got, prob in zip(tiles.numpy(), probs[:, 0].numpy()):
         crop = prob[pad[0] : pad[0] + size, pad[0] : pad[0] + size]
         np.testing.assert_allclose(got, cv2.resize(crop, (101, 101), interpolation=cv2.INTER_LINEAR), atol=1e-5)
