@@ -380,6 +380,12 @@ class RecipeLoader(yaml.SafeLoader):
                 seen.add(key.value)
         return node
 
+    def flatten_mapping(self, node):
+        "As PyYAML's, which copies all pairs that << brings. `ValueError` if these grow beyond all bounds."
+        super().flatten_mapping(node)
+        if len(node.value) > 10_000:
+            raise ValueError(f"line {node.start_mark.line + 1}: << brings {len(node.value)} keys")
+
 
 def in_words(
     error: dict,  # one of pydantic's
@@ -437,7 +443,7 @@ def read_recipe(
     for change in changes:
         key, equals, value = change.partition("=")
         try:
-            value = yaml.safe_load(value)
+            value = RecipeLoader(value).get_single_data()
         except Exception:  # as above
             raise SaltError(f"--set {change} has a value that is no YAML: write it like 3, 1e-3, name, [0, 1] or {{key: value}}.") from None
         if not (equals and key):

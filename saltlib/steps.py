@@ -9,8 +9,8 @@ __all__ = ['BEGUN', 'RunStep', 'OpenStep', 'go_on_or_anew', 'open_step', 'read_t
            'round_ensemble', 'correct_by_mosaics', 'next_learners', 'count_choices', 'choice_lines',
            'confidences_asked', 'run_records', 'score_table', 'mean_row', 'scores_by_place', 'compare_folds',
            'run_histories', 'open_run', 'open_runs', 'different_settings', 'tile_scores', 'contaminated_scores',
-           'compare_scores', 'most_changed', 'read_out_of_fold', 'read_predictions', 'check_same_tiles', 'blend_scores',
-           'blend_lines', 'blend_masks']
+           'compare_scores', 'most_changed', 'read_out_of_fold', 'read_predictions', 'refuse_changed_tiles',
+           'check_same_tiles', 'blend_scores', 'blend_lines', 'blend_masks']
 
 # %% ../nbs/15_steps.ipynb #c81d0f24
 import json, shutil, time
@@ -625,10 +625,24 @@ def read_predictions(
     return np.concatenate([train, test]), np.concatenate([read_out_of_fold(run, train), store.read(test)])
 
 # %% ../nbs/15_steps.ipynb #5b7d20e4
+def refuse_changed_tiles(
+    runs: dict[str, RunStep],  # of `open_runs`
+) -> None:
+    "`SaltError` if a tile of the first run has another image, mask or depth in another one."
+    tables = [read_table(run.folder_of("prepare") / "tiles.csv") for run in runs.values()]
+    first, *others = (dict(zip(table["id"], table["checksum"])) for table in tables)
+    for name, other in zip(list(runs)[1:], others):
+        if changed := sorted(id for id, sum in other.items() if first.get(id, sum) != sum):
+            raise SaltError(
+                f"{len(changed)} tiles were others for {name} than for {next(iter(runs))}, {changed[0]} first (image, mask, depth): give runs on the same data."
+            )
+
+
 def check_same_tiles(
     runs: dict[str, RunStep],  # of `open_runs`
 ) -> None:
     "`SaltError` if the runs predicted different test tiles, or scored other train tiles than the first has."
+    refuse_changed_tiles(runs)
     first, *others = (run.store for run in runs.values())
     for store in others:
         if different := set(first.ids) ^ set(store.ids):

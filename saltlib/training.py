@@ -363,16 +363,30 @@ class Checkpoint(Callback):
     "After each epoch write all that is needed to go on from it and the weights worth keeping, then print the epoch's line: an epoch that was printed is safe."
     order = 50
 
-    def __init__(self, folder: Path, settings: dict, history: History, cycle: int | None, scaler: dict | None):  # scaler: of fp16's loss, where to go on
-        self.folder, self.settings, self.history, self.cycle, self.scaler, self.written = folder, settings, history, cycle, scaler, len(history.rows)
+    def __init__(self, folder: Path, settings: dict, history: History, cycle: int | None, state: dict | None):  # state: of `read_checkpoint`
+        self.folder, self.settings, self.history, self.cycle, self.written = folder, settings, history, cycle, len(history.rows)
+        self.scaler, self.kept = (state["scaler"], state["kept"]) if state else (None, {})  # of fp16's loss; checksums of the weights kept so far
+
+    def file(self, name: str) -> Path:
+        return self.folder / "weights" / f"{name}.safetensors"
+
+    def refuse_damaged(self):  # `SaltError` if weights of an earlier epoch are gone or changed, for which the training would go on too late
+        for name in self.kept.keys() - copies_to_keep(self.history.rows, self.cycle):
+            if not self.file(name).exists() or checksum(self.file(name)) != self.kept[name]:
+                raise SaltError(
+                    f"{self.file(name)} is missing or damaged, and the training was to go on from a later epoch: "
+                    f"delete {self.folder / 'checkpoint.pt'} to train this phase from its beginning."
+                )
 
     def keep(self):
         for name in copies_to_keep(self.history.rows, self.cycle):
-            save_weights(self.model, self.folder / "weights" / f"{name}.safetensors")
+            save_weights(self.model, self.file(name))
+            self.kept[name] = checksum(self.file(name))
         if self.history.rows:
             write_atomic(self.folder / "history.csv", pd.DataFrame(self.history.rows).to_csv(index=False))
 
     def before_fit(self):
+        self.refuse_damaged()
         if self.scaler and hasattr(self.learn, "scaler"):  # in bf16 or on a CPU there is none
             self.learn.scaler.load_state_dict(self.scaler)
         self.keep()  # what belongs to the epoch after which an interrupted training goes on
@@ -387,6 +401,7 @@ class Checkpoint(Callback):
         state = {
             "settings": self.settings, "history": self.history.rows, "model": self.model.state_dict(), "optimizer": optimizer,
             "easy": torch.from_numpy(self.dls.train.batch_sampler.easy), "scaler": self.learn.scaler.state_dict() if hasattr(self.learn, "scaler") else None,
+            "kept": self.kept,
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -403,7 +418,7 @@ def read_checkpoint(
     path: Path,  # checkpoint.pt
     settings: dict,  # settings of the phase that wants to go on from it
     device: torch.device,
-) -> dict | None:  # settings, history, model, optimizer, easy tiles, scaler; None if there is no checkpoint
+) -> dict | None:  # settings, history, model, optimizer, easy tiles, scaler, kept weights; None if there is no checkpoint
     "The state after the last finished epoch; `SaltError` if it is damaged or belongs to other settings."
     if not path.exists():
         return None
@@ -530,7 +545,7 @@ def fit_phase(
     half = precision_callbacks(where)
     history = History(model, state["history"] if state else [])
     cycle = epochs if schedule["name"] == "cosine" else None
-    checkpoint = Checkpoint(folder, settings, history, cycle, state and state["scaler"])
+    checkpoint = Checkpoint(folder, settings, history, cycle, state)
     callbacks = [EpochSeeds(seed), ToNetworkInput(model), *half, FiniteLoss(train.ids), Captured(batch_size), history, checkpoint]
     if clip:
         callbacks.append(GradientClip(clip))

@@ -270,6 +270,21 @@ def test_a_store_that_claims_to_be_huge_is_refused(store, change):
 BOMB = "a: &a [" + "x, " * 9 + "x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
 
 
+def test_braces_in_a_path_are_a_name(tmp_path):
+    cells = [nbformat.v4.new_code_cell("runs = []", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("print(sum(runs))")]
+    (folder := tmp_path / "q{old}").mkdir()
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}, "language_info": {"name": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / "a{runs}.ipynb")
+    execute_notebook(folder / "a{runs}.ipynb", folder / "b{0}.ipynb", {"runs": [40, 2]}, "braces")
+    assert nbformat.read(folder / "b{0}.ipynb", 4).cells[-1].outputs[0].text == "42\n"
+
+
+def test_merged_keys_do_not_grow_without_bounds(tmp_path):
+    (tmp_path / "r.yaml").write_text("a0: &a0 {x: 1}\n" + "".join(f"a{k}: &a{k} {{<<: [*a{k - 1}, *a{k - 1}]}}\n" for k in range(1, 40)))
+    with pytest.raises(SaltError, match="r.yaml could not be read as YAML: line 15: << brings 16384 keys"):
+        read_recipe(tmp_path / "r.yaml")
+
+
 def test_aliases_do_not_grow_without_bounds(tmp_path):
     (tmp_path / "r.yaml").write_text(BOMB)
     with pytest.raises(SaltError, match="r.yaml is not a recipe: written out, its aliases make 1234567900 values"):

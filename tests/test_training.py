@@ -59,6 +59,29 @@ def test_published_settings_reach_optimizer_and_network(tiles, tmp_path, monkeyp
     assert seen == [(0, False, 0.01, 6), (1, True, 0.01, 6), (2, False, 0.01, 6), (3, True, 0.01, 6)]
 
 
+def test_a_damaged_snapshot_of_an_interrupted_training_is_not_used(tiles, tmp_path):
+    settings = dict(
+        model="compact", start="scratch", loss="bce_dice", augment="none", epochs=1, batch_size=4, lr=1e-3, seed=1,
+        schedule={"name": "cosine", "cycles": 3, "floor": 1e-4}, device="cpu",
+    )
+    before = ToNetworkInput.before_batch
+
+    def pull_the_plug(self):
+        if self.epoch == 2:
+            raise KeyboardInterrupt
+        before(self)
+
+    with patch.object(ToNetworkInput, "before_batch", pull_the_plug), pytest.raises(KeyboardInterrupt):
+        fit_phase(tiles[:8], tiles[8:], tmp_path, **settings)
+    snapshot = tmp_path / "weights/snapshot0.safetensors"
+    whole = snapshot.read_bytes()
+    snapshot.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(SaltError, match="snapshot0.safetensors is missing or damaged.* delete .*checkpoint.pt"):
+        fit_phase(tiles[:8], tiles[8:], tmp_path, **settings)
+    snapshot.write_bytes(whole)
+    assert fit_phase(tiles[:8], tiles[8:], tmp_path, **settings)["epoch"].tolist() == [0, 1, 2]
+
+
 def test_a_network_of_three_outputs_is_right_by_its_first():
     "And what is right in validation tells the sampler nothing."
     salt = torch.zeros(2, 1, 4, 4)
