@@ -1,5 +1,6 @@
 """What the training notebook does not show: a step that goes wrong, and a GPU."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -12,6 +13,20 @@ from saltlib.data import Tiles
 from saltlib.losses import LOSSES
 from saltlib.synthetic import cut_tiles, make_section
 from saltlib.training import EasyTiles, EpochRate, ToNetworkInput, fit_phase
+
+
+@contextmanager
+def interrupted_in(epoch):
+    "A training here ends with Ctrl-C when this epoch begins."
+    before = ToNetworkInput.before_batch
+
+    def pull_the_plug(self):
+        if self.epoch == epoch:
+            raise KeyboardInterrupt
+        before(self)
+
+    with patch.object(ToNetworkInput, "before_batch", pull_the_plug), pytest.raises(KeyboardInterrupt):
+        yield
 
 
 @pytest.fixture
@@ -64,14 +79,7 @@ def test_a_damaged_snapshot_of_an_interrupted_training_is_not_used(tiles, tmp_pa
         model="compact", start="scratch", loss="bce_dice", augment="none", epochs=1, batch_size=4, lr=1e-3, seed=1,
         schedule={"name": "cosine", "cycles": 3, "floor": 1e-4}, device="cpu",
     )
-    before = ToNetworkInput.before_batch
-
-    def pull_the_plug(self):
-        if self.epoch == 2:
-            raise KeyboardInterrupt
-        before(self)
-
-    with patch.object(ToNetworkInput, "before_batch", pull_the_plug), pytest.raises(KeyboardInterrupt):
+    with interrupted_in(2):
         fit_phase(tiles[:8], tiles[8:], tmp_path, **settings)
     snapshot = tmp_path / "weights/snapshot0.safetensors"
     whole = snapshot.read_bytes()
@@ -105,14 +113,7 @@ def test_a_network_of_three_outputs_is_right_by_its_first():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_an_interrupted_training_goes_on_on_a_gpu(tiles, tmp_path):
     settings = dict(model="compact", start="scratch", loss="bce_dice", augment="light", epochs=3, batch_size=4, lr=1e-3, seed=1, skip_easy=0.5, device="cuda")
-    before = ToNetworkInput.before_batch
-
-    def pull_the_plug(self):
-        if self.epoch == 1:
-            raise KeyboardInterrupt
-        before(self)
-
-    with patch.object(ToNetworkInput, "before_batch", pull_the_plug), pytest.raises(KeyboardInterrupt):
+    with interrupted_in(1):
         fit_phase(tiles[:8], tiles[8:], tmp_path, **settings)
     history = fit_phase(tiles[:8], tiles[8:], tmp_path, **settings)
     assert history["epoch"].tolist() == [0, 1, 2] and np.isfinite(history["train_loss"]).all()
