@@ -7,7 +7,7 @@ __all__ = ['console', 'print_states', 'list_runs', 'show_status', 'compare_runs'
            'predict_settings', 'run_demo', 'positive', 'make_parser', 'main']
 
 # %% ../nbs/20_cli.ipynb #02af045b
-import argparse, json, os, re, signal, sys
+import argparse, io, json, os, re, signal, sys
 from pathlib import Path
 
 from .core import SaltError, gpu_works, project_root, read_json, refuse_place, refuse_used, runs_folder, visible_gpus, write_atomic
@@ -28,11 +28,11 @@ def print_states(
     columns: tuple[str, str, str],  # their heads
     title: str,
 ) -> None:
-    "Print what is done, running, failed or missing."
+    "Print what is done, outdated, running, failed or missing."
     from rich.markup import escape
     from rich.table import Column, Table
 
-    colours = {"done": "green", "running": "blue", "failed": "red", "missing": "yellow"}
+    colours = {"done": "green", "outdated": "yellow", "running": "blue", "failed": "red", "missing": "yellow"}
     heads = [Column(name, overflow="fold") for name in columns]  # a path that is cut off can't be opened
     table = Table(*heads, title=escape(title), caption=SCORE_NOTE if any("mAP" in text for _, _, text in rows) else None)
     for name, state, text in rows:
@@ -53,7 +53,7 @@ def list_runs() -> None:
             continue
         states = [state for _, state, _ in rows]
         scores = [f"{step}: {figures}" for step, state, figures in rows if step.startswith("ensemble") and state == "done"]
-        state = "running" if at_work else next(state for state in ("running", "failed", "missing", "done") if state in states)
+        state = "running" if at_work else next(state for state in ("running", "failed", "missing", "outdated", "done") if state in states)
         found.append((name, state, "; ".join([f"{states.count('done')} of {len(rows)} steps done", *scores[-1:]])))
     print_states(found, ("run", "status", "steps and last score"), f"runs in outputs: {len(found)}")
 
@@ -186,10 +186,10 @@ def run_demo() -> None:
 def positive(
     text: str,  # of an option
 ) -> int:
-    "A whole number above 0. `ValueError` for others, which argparse reports."
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
+    "A whole number above 0; others argparse reports."
+    if not re.fullmatch(r"0*[1-9]\d*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -220,7 +220,7 @@ def make_parser() -> argparse.ArgumentParser:
     output.add_argument("-v", "--verbose", action="store_true", help="every line of every step, also on a terminal")
     status = command(
         "status",
-        "Show which steps of a recipe are done, running, failed or missing; the exit status is 1 unless all are done. Without a name: all runs in outputs.",
+        "Show which steps of a recipe are done, outdated, running, failed or missing; exit status 1 unless all are done. Without a name: all runs in outputs.",
         epilog="example: salt status compact",
     )
     for sub, one in ((run, {}), (status, {"nargs": "?"})):
@@ -283,6 +283,9 @@ def main(
     "The command `salt`: 0 when all went well, 1 when something is not as it should be, 130 after Ctrl-C."
     args = make_parser().parse_args(argv)
     in_steps = args.command in ("demo", "run", "step")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name in letters that the terminal does not know is no reason to end
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded, here or in what is started
     if not in_steps:  # these pass it on to what they have started
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: nothing half done is left behind

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import SaltError, pick_device, project_root, read_record, refuse_place
-from .recipes import Step, find_run, full_name, read_run, step_folder
+from .recipes import Step, find_run, full_name, read_run, refuse_outdated, step_folder
 
 # %% ../nbs/19_new_tiles.ipynb #c8d31c76
 PUBLISHED_V5 = re.compile(r"model_128_res34v5(?P<fold>[0-4])(?P<snapshot>(?<=[0-2])[0-3]|[0-2])\.pth")  # folds 3 and 4 have three snapshots
@@ -69,8 +69,9 @@ def run_members(
     models: Path,  # a run's folder, outputs/<recipe>
 ) -> list[Member]:
     """The networks of a run's last round, its groups stretched as they were over its test tiles.
-    `SaltError` if one is not trained or its weights are damaged, or that stretch is not known yet."""
+    `SaltError` if one is not trained, its weights are damaged or what it learned from has changed since, or that stretch is not known yet."""
     recipe, outputs = read_run(models), models.absolute().parent
+    refuse_outdated(recipe, outputs)
     name, last = list(recipe.rounds.items())[-1]
     found = []
     for k, (group_name, group) in enumerate(last.ensemble.items()):

@@ -9,7 +9,8 @@ __all__ = ['Whole', 'Real', 'Name', 'PhaseName', 'Snapshots', 'ModelName', 'OPTI
            'RecipeLoader', 'in_words', 'parse_recipe', 'read_recipe', 'Step', 'fold_of', 'members', 'recipe_steps',
            'find_step', 'previous_round', 'step_inputs', 'trainings_beside', 'is_contaminated', 'recipe_folder',
            'find_run', 'read_run', 'run_names', 'step_folder', 'pseudo_labels_of', 'part_read', 'input_checksums',
-           'rules_in_use', 'step_arguments', 'fold_file', 'begun_settings', 'check_settings', 'write_recipe']
+           'reads_another', 'refuse_outdated', 'rules_in_use', 'step_arguments', 'fold_file', 'begun_settings',
+           'check_settings', 'write_recipe']
 
 # %% ../nbs/14_recipes.ipynb #b36c8219
 import os, re
@@ -635,15 +636,35 @@ def input_checksums(
     recipe: Recipe,
     step: Step,
     outputs: str | Path,  # the project's outputs folder
-) -> dict[str, str | None]:  # folder in `outputs` of a step that it reads -> checksum of what it reads there; None: that step is not done
+) -> dict[str, str | None]:  # folder, in the run's, of a step that it reads -> checksum of what it reads there; None: that step is not done
     "What a step reads, as its record keeps it: results, not when or where they were made, so a step that is done again with the same ones changes nothing."
     sums = {}
     for needed in step_inputs(recipe, step):
         record = read_record(folder := step_folder(recipe, needed, outputs))
-        sums[str(folder.relative_to(outputs))] = None if record is None else seal(
+        sums[str(folder.relative_to(recipe_folder(recipe, outputs)))] = None if record is None else seal(
             {name: sum for name, sum in record["files"].items() if name.startswith(part_read(recipe, step, needed))}
         )
     return sums
+
+
+def reads_another(
+    recipe: Recipe,
+    step: Step,  # finished
+    outputs: str | Path,  # the project's outputs folder
+    read: dict[str, str],  # inputs in its record
+) -> bool:
+    "Would a step now read something else than it did? Of a step that is to be made again nobody knows yet."
+    return any(name not in read or sum and read[name] != sum for name, sum in input_checksums(recipe, step, outputs).items())
+
+
+def refuse_outdated(
+    recipe: Recipe,  # of a run
+    outputs: str | Path,  # the project's outputs folder
+) -> None:
+    "`SaltError` if what a finished step read has changed since, so that the run's scores and networks are not of what it says now."
+    for step in recipe_steps(recipe):
+        if (record := read_record(folder := step_folder(recipe, step, outputs))) and reads_another(recipe, step, outputs, record["inputs"]):
+            raise SaltError(f"What {folder} read has changed since: make it again with salt run {recipe.name}.")
 
 
 def rules_in_use(
@@ -658,13 +679,13 @@ def step_arguments(
     recipe: Recipe,
     step: Step,
 ) -> dict:  # plain values, as they stand in the step's record
-    "All settings that decide a step's result, beside the results of the steps it waits for."
-    common = {"data": recipe.data, "seed": recipe.seed, "folds": recipe.folds.model_dump(include={"n", "by", "file"})}
+    """All settings that decide a step's result, beside the results of the steps it waits for. The data folder is none: the prepare step
+    notes the checksum of every tile."""
+    common = {"seed": recipe.seed, "folds": recipe.folds.model_dump(include={"n", "by", "file"})}
     if step.kind == "train":
-        common |= {
-            "phase": recipe.phase_of(step).model_dump(mode="json", exclude={"predict_as"}),
-            "clean_pseudo_labels": recipe.clean_pseudo_labels,
-        }
+        common["phase"] = recipe.phase_of(step).model_dump(mode="json", exclude={"predict_as"})
+        if recipe.phase_of(step).pseudo:
+            common["clean_pseudo_labels"] = recipe.clean_pseudo_labels
     elif step.kind == "predict":
         phase = recipe.phase_of(step)
         common |= {"weights": phase.files(step.fold), "predict_as": list(phase.predict_as)}
@@ -675,7 +696,7 @@ def step_arguments(
             "postprocess": list(rules_in_use(recipe, step.round)),
         }
     elif step.kind == "report":
-        common |= {"recipe": recipe.model_dump(mode="json", exclude={"device"})}
+        common |= {"recipe": recipe.model_dump(mode="json", exclude={"data", "device"})}
     place = {k: v for k, v in (("round", step.round), ("phase_name", step.phase), ("fold", step.fold)) if v not in ("", None)}
     return common | place
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORE_NOTE', 'FOLLOWS', 'for_papermill', 'check_parameters', 'say', 'LabelledLines', 'execute_notebook', 'hold',
            'holder', 'hold_gpu', 'run_step', 'Progress', 'signal_all', 'interrupt_all', 'watch', 'find_recipe',
-           'in_outputs', 'is_run', 'from_root', 'load_recipe', 'outdated_steps', 'reads_another', 'steps_after',
+           'in_outputs', 'is_run', 'from_root', 'load_recipe', 'is_cut_off', 'outdated_steps', 'steps_after',
            'next_pass', 'outdated_lines', 'steps_until', 'tile_tables', 'count_tiles', 'training_passes',
            'measured_rates', 'expected_cost', 'notebook_error', 'training_progress', 'status_rows', 'find_profile',
            'report_page', 'clear_outdated', 'snakemake_command', 'give_cache', 'make_progress', 'print_outcome',
@@ -24,7 +24,7 @@ import psutil
 from .core import SaltError, changed_files, pick_device, project_root, read_json, read_record
 from .core import refuse_used, runs_folder, socket_folder, usable_cores, visible_gpus, write_atomic
 from .data import SIZE, how_to_mend, read_by_id, refuse_bad_data
-from .recipes import Recipe, Step, check_settings, find_step, input_checksums, read_recipe, recipe_folder
+from .recipes import Recipe, Step, check_settings, find_step, read_recipe, reads_another, recipe_folder
 from .recipes import recipe_steps, run_names, step_folder, step_inputs, write_recipe
 
 # papermill and nbformat load jsonschema, which takes 3 s to prepare the check of web addresses where it finds this package; notebooks hold none.
@@ -57,7 +57,10 @@ def say(
     line: str,
 ) -> None:
     "Show a line in the terminal behind a label; in one piece, as other steps write there, too."
-    print(f"{label} | {line}\n", end="", flush=True)
+    try:
+        print(f"{label} | {line}\n", end="", flush=True)
+    except BrokenPipeError:  # nobody reads it any more, as behind `| head`, which is no reason for a training to end
+        sys.stdout = None
 
 
 class LabelledLines(io.TextIOBase):
@@ -384,6 +387,17 @@ def load_recipe(
     return recipe.model_copy(update={"data": from_root(root / recipe.data if data is None else Path(data), root)})
 
 # %% ../nbs/18_running.ipynb #b72d4e04
+def is_cut_off(
+    notebook: Path,
+) -> bool:
+    "Is it gone, or not whole?"
+    try:
+        read_json(notebook)
+    except SaltError:
+        return True
+    return False
+
+
 def outdated_steps(
     recipe: Recipe,
     outputs: Path,
@@ -395,20 +409,10 @@ def outdated_steps(
     with ThreadPoolExecutor() as pool:  # checksums of all predictions
         changes = [*pool.map(lambda folder, record: changed_files(folder, record) if record else [], folders, records)]
     for step, folder, record, changed in zip(steps, folders, records, changes):
-        lost = step.kind == "report" and not (folder / "report.ipynb").exists()  # its page is made from it
+        lost = step.kind == "report" and is_cut_off(folder / "report.ipynb")  # its page is made from it
         if record is None or changed or lost or reads_another(recipe, step, outputs, record["inputs"]):
-            outdated[step] = f"{changed[0]} is missing or no longer what the step '{step}' wrote, which is done again." if changed else ""
+            outdated[step] = f"{changed[0]} is missing or no longer what the step '{step}' wrote" if changed else ""
     return outdated
-
-
-def reads_another(
-    recipe: Recipe,
-    step: Step,  # finished
-    outputs: Path,
-    read: dict[str, str],  # inputs in its record
-) -> bool:
-    "Would a step now read something else than it did? Of a step that is to be made again nobody knows yet."
-    return any(name not in read or sum and read[name] != sum for name, sum in input_checksums(recipe, step, outputs).items())
 
 
 def steps_after(
@@ -438,15 +442,20 @@ def next_pass(
 def outdated_lines(
     recipe: Recipe,
     outdated: dict[Step, str],  # of `outdated_steps`, before `clear_outdated`
+    wanted: list[Step],  # of `steps_until`
     outputs: Path,
 ) -> list[str]:  # lines of text
     "Which results are damaged or gone, and how many finished trainings and further steps are done again, or may be, because of what changes."
+    when = {True: "done again", False: "done again by a run without --until"}
+    said = [f"{lost}, which is {when[step in wanted]}." for step, lost in outdated.items() if lost]
     again = [step for step, lost in outdated.items() if step.kind == "train" and not lost and read_record(step_folder(recipe, step, outputs))]
+    for now, words in when.items():
+        if n := sum((step in wanted) == now for step in again):
+            said.append(f"Finished trainings whose inputs are no longer the same, and that are {words}: {n}.")
     perhaps = [step.kind for step in steps_after(recipe, outdated) if step not in outdated]
-    said = [f"Finished trainings whose inputs are no longer the same, and that are done again: {len(again)}."] if again else []
     if perhaps:
         said.append(f"Finished steps that stand if what they read comes out as it was: {len(perhaps)}, trainings among them: {perhaps.count('train')}.")
-    return [*filter(None, outdated.values()), *said]
+    return said
 
 
 FOLLOWS = {"prepare": "train", "train": "predict"}  # --until this kind -> the kind of the first step that is left out
@@ -585,7 +594,7 @@ def training_progress(
 def status_rows(
     recipe: Recipe,
     outputs: Path,
-) -> list[tuple[str, str, str]]:  # step; 'done', 'running', 'failed' or 'missing'; figures, who is at work and how far, or the error and the notebook
+) -> list[tuple[str, str, str]]:  # step; 'done', 'outdated', 'running', 'failed' or 'missing'; figures, who is at work, or the error and the notebook
     "Where each step of the recipe stands."
     rows = []
     for step in recipe_steps(recipe):
@@ -596,11 +605,16 @@ def status_rows(
         except SaltError as error:  # a damaged record hides no other step
             rows.append((str(step), "failed", str(error)))
             continue
+        another = False
+        with contextlib.suppress(SaltError):  # that of a step before it
+            another = record and reads_another(recipe, step, outputs, record["inputs"])
         if record and (gone := [name for name in record["files"] if not (folder / name).exists()]):
             rows.append((str(step), "missing", f"{gone[0]} is gone: salt run makes it again"))
+        elif another:
+            rows.append((str(step), "outdated", "what it read has changed since: salt run makes it again"))
         elif record:
             figures = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record["metrics"].items())
-            rows.append((str(step), "done", f"{figures} ({record['seconds']:.0f} s)"))
+            rows.append((str(step), "done", f"{figures} ({record['seconds']:.0f} s){'' if notebook.exists() else ', its notebook is gone'}"))
         elif worker := holder(folder / ".lock"):
             progress = training_progress(folder, recipe.phase_of(step).total_epochs) if step.kind == "train" else ""
             rows.append((str(step), "running", worker + progress))
@@ -645,7 +659,7 @@ def clear_outdated(
             (folder / "record.json").unlink(missing_ok=True)
     page = report_page(recipe, outputs)
     report = Step("report") in steps
-    if report or page.exists() and not page.stat().st_size:
+    if report or page.exists() and not page.read_bytes().rstrip().endswith(b"</html>"):
         page.unlink(missing_ok=True)
     if report:
         (recipe_folder(recipe, outputs) / "submission.csv").unlink(missing_ok=True)  # the report puts it there again; each ensemble keeps its own
@@ -708,6 +722,8 @@ def print_outcome(
     rows, folder = status_rows(recipe, outputs), recipe_folder(recipe, outputs)
     done = sum(state == "done" for _, state, _ in rows)
     print(f"{recipe.name}: {'all' if done == len(rows) else f'{done} of'} {len(rows)} steps are done")
+    if outdated := sum(state == "outdated" for _, state, _ in rows):
+        print(f"steps whose inputs have changed since they were done, which a run without --until does again: {outdated}")
     for step, state, figures in rows:
         if step.startswith("ensemble") and state == "done":
             print(f"{step}: {figures}")
@@ -769,6 +785,10 @@ def run_recipe(
     if not any((folder / part).exists() for part in ("recipe.yaml", "prepare")):
         refuse_used(folder, f"the run {recipe.name}", left=[".lock", ".snakemake"])
     new = read_record(prepare) is None
+    if not new and recipe.data != read_recipe(folder / "recipe.yaml").data:
+        from saltlib.steps import refuse_other_tiles  # loads what `salt status` can do without
+
+        refuse_other_tiles(recipe, outputs)
     if new and recipe.folds.file:
         refuse_fold_file(recipe)
     if new and (tile_tables(recipe.data) or not dry_run):  # what a run would cost can be asked before there are data
@@ -777,7 +797,7 @@ def run_recipe(
         outdated = outdated_steps(recipe, outputs)
         steps = [step for step in outdated if step in wanted]
         cost = expected_cost(recipe, steps, outputs, use_gpu) if steps else ()
-        print(*outdated_lines(recipe, outdated, outputs), *steps, f"{len(steps)} of {len(recipe_steps(recipe))} steps would run.", *cost, sep="\n")
+        print(*outdated_lines(recipe, outdated, wanted, outputs), *steps, f"{len(steps)} of {len(recipe_steps(recipe))} steps would run.", *cost, sep="\n")
         return
     if cluster and re.search(r"(?m)^executor: *slurm\b", (cluster / "config.yaml").read_text()) and not shutil.which("sbatch"):
         raise SaltError(f"--profile {profile} hands the steps to Slurm, but there is no command sbatch here: run it on a machine of the cluster.")
@@ -792,7 +812,7 @@ def run_recipe(
             outdated, steps, perhaps_more = next_pass(recipe, wanted, outputs)
             if not quiet:
                 print(
-                    *outdated_lines(recipe, outdated, outputs),
+                    *outdated_lines(recipe, outdated, wanted, outputs),
                     f"{recipe.name}: {len(steps)} of {len(recipe_steps(recipe))} steps to run, results in {folder}/", sep="\n", flush=True,
                 )
             if steps and not tile_tables(recipe.data):

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['BEGUN', 'RunStep', 'OpenStep', 'go_on_or_anew', 'open_step', 'read_table', 'note_tiles', 'noted_tiles', 'run_tiles',
-           'own_folds', 'step_folds', 'split_fold', 'pseudo_label_file', 'choose_for_phase', 'join_tiles',
-           'training_tiles', 'fit_settings', 'describe_training', 'best_and_worst', 'score_line', 'tiles_to_predict',
-           'print_tenths', 'round_ensemble', 'correct_by_mosaics', 'next_learners', 'count_choices', 'choice_lines',
-           'confidences_asked', 'run_records', 'score_table', 'mean_row', 'scores_by_place', 'compare_folds',
-           'run_histories', 'open_run', 'open_runs', 'different_settings', 'tile_scores', 'contaminated_scores',
-           'compare_scores', 'most_changed', 'read_out_of_fold', 'read_predictions', 'refuse_changed_tiles',
-           'check_same_tiles', 'blend_scores', 'blend_lines', 'blend_masks']
+           'refuse_changed_tiles', 'refuse_other_tiles', 'own_folds', 'step_folds', 'split_fold', 'pseudo_label_file',
+           'choose_for_phase', 'join_tiles', 'training_tiles', 'fit_settings', 'describe_training', 'best_and_worst',
+           'score_line', 'tiles_to_predict', 'print_tenths', 'round_ensemble', 'correct_by_mosaics', 'next_learners',
+           'count_choices', 'choice_lines', 'confidences_asked', 'run_records', 'score_table', 'mean_row',
+           'scores_by_place', 'compare_folds', 'run_histories', 'open_run', 'open_runs', 'different_settings',
+           'tile_scores', 'contaminated_scores', 'compare_scores', 'most_changed', 'read_out_of_fold',
+           'read_predictions', 'check_same_tiles', 'blend_scores', 'blend_lines', 'blend_masks']
 
 # %% ../nbs/15_steps.ipynb #c81d0f24
 import json, shutil, time
@@ -24,14 +24,14 @@ import numpy as np
 import pandas as pd
 
 from .core import RunRecord, SaltError, derive_seed, flat_settings, git_commit, pick_device, read_json, read_record, versions, write_atomic
-from .data import SIZE, PredictionStore, Tiles, encode_masks, is_black, load_tiles, make_folds, read_folds, tile_checksums
+from .data import SIZE, PredictionStore, Tiles, encode_masks, is_black, load_tiles, make_folds, read_folds, refuse_bad_data, tile_checksums
 from .ensemble import Ensemble, Group, averaged_ahead, choose_pseudo_labels, decode_masks, in_pieces, read_ends, read_pseudo_labels, weighted_mean
 from .metrics import precision_at_iou, score
 from .mosaic import CLOSE, closest_known, mosaic_groups
 from .postprocess import correct_codes, find_sources, straight_masks, straight_rows
 from .recipes import EnsembleGroup, Folds, Phase, Recipe, Step, find_run, find_step, fold_file, fold_of, full_name
 from .recipes import input_checksums, is_contaminated, part_read, previous_round, pseudo_labels_of, read_recipe, read_run, recipe_folder
-from .recipes import recipe_steps, rules_in_use, run_names, step_arguments, step_folder, step_inputs
+from .recipes import recipe_steps, refuse_outdated, rules_in_use, run_names, step_arguments, step_folder, step_inputs
 from .synthetic import make_tiles
 
 # %% ../nbs/15_steps.ipynb #ab82d517
@@ -195,6 +195,28 @@ def run_tiles(
             "put the old ones back, or give a run on the new ones a name of its own with --set name=...."
         )
     return tiles
+
+
+def refuse_changed_tiles(
+    runs: dict[str, RunStep],  # by name
+) -> None:
+    "`SaltError` if a tile had another image, mask or depth for another run than for the first."
+    (first, known), *others = ((name, noted_tiles(run).set_index("id")["checksum"].to_dict()) for name, run in runs.items())
+    for name, other in others:
+        if changed := sorted(id for id, sum in other.items() if known.get(id, sum) != sum):
+            raise SaltError(
+                f"{len(changed)} tiles were others for {name} than for {first} (image, mask or depth), {changed[0]} first: give runs on the same data."
+            )
+
+
+def refuse_other_tiles(
+    recipe: Recipe,  # of a run that was begun with another data folder
+    outputs: Path,
+) -> None:
+    "`SaltError` if the data folder is not in order, or holds other tiles than those that the prepare step saw."
+    refuse_bad_data(recipe.data)
+    for split in ("train", "test"):
+        run_tiles(RunStep(recipe, Step("prepare"), outputs), split)
 
 # %% ../nbs/15_steps.ipynb #e51c0a01
 def own_folds(
@@ -500,16 +522,18 @@ def scores_by_place(
 def compare_folds(
     step: RunStep,  # 'report'
 ) -> pd.DataFrame:  # a row for each way to make folds: tiles, mAP with its 95 % interval; and their difference, tile by tile
-    "The out-of-fold score of this run, beside that of a finished run in the same outputs folder that differs in nothing but name, device and `folds.by`."
+    """The out-of-fold score of this run, beside that of a finished run in the same outputs folder, on the same tiles, that differs in nothing but name,
+    place of the data, device and `folds.by`."""
     def plain(recipe: Recipe):
-        return recipe.model_copy(update={"name": "", "device": "auto", "folds": recipe.folds.model_copy(update={"by": "depth"})})
+        return recipe.model_copy(update={"name": "", "data": "", "device": "auto", "folds": recipe.folds.model_copy(update={"by": "depth"})})
 
     scores = {}
     for file in (recipe_folder(step.recipe, step.outputs) / "recipe.yaml", *sorted(step.outputs.glob("*/recipe.yaml"))):
         try:
             recipe = read_run(file.parent)
             folder = step_folder(recipe, Step("ensemble", recipe.last_round), step.outputs)
-            comparable = plain(recipe) == plain(step.recipe) and read_record(folder, verify=True, part="out_of_fold.csv")
+            if comparable := plain(recipe) == plain(step.recipe) and read_record(folder, verify=True, part="out_of_fold.csv"):
+                refuse_changed_tiles({"this run": step, recipe.name: RunStep(recipe, step.place, step.outputs)})
         except SaltError:  # of another version, or damaged, which is no matter of this run
             continue
         if comparable and (by := recipe.folds.file or recipe.folds.by) not in scores:
@@ -532,7 +556,7 @@ def open_run(
     run: str | Path,  # a name in outputs, or the folder of a run
     outputs: str | Path,  # the project's outputs folder
 ) -> RunStep:  # the ensemble of its last round
-    "A finished run, to be read. `SaltError` if it is not there, its last round has no ensemble yet, or that one's results are damaged."
+    "A finished run, to be read. `SaltError` if it is not there, its last round has no ensemble yet, that one's results are damaged, or a step is outdated."
     if (folder := find_run(run, outputs)) is None:
         if any((place / "blend.ipynb").is_file() for place in (Path(run), Path(outputs) / run)):
             raise SaltError(
@@ -547,6 +571,7 @@ def open_run(
     run = RunStep(recipe, Step("ensemble", recipe.last_round), folder.parent)
     if read_record(run.folder, verify=True) is None:
         raise SaltError(f"{folder} has no scores yet: finish it first with salt run {folder.name}.")
+    refuse_outdated(recipe, folder.parent)
     return run
 
 
@@ -633,18 +658,6 @@ def read_predictions(
     return np.concatenate([train, test]), np.concatenate([read_out_of_fold(run, train), store.read(test)])
 
 # %% ../nbs/15_steps.ipynb #5b7d20e4
-def refuse_changed_tiles(
-    runs: dict[str, RunStep],  # of `open_runs`
-) -> None:
-    "`SaltError` if a tile had another image, mask or depth for another run than for the first."
-    (first, known), *others = ((name, noted_tiles(run).set_index("id")["checksum"].to_dict()) for name, run in runs.items())
-    for name, other in others:
-        if changed := sorted(id for id, sum in other.items() if known.get(id, sum) != sum):
-            raise SaltError(
-                f"{len(changed)} tiles were others for {name} than for {first} (image, mask or depth), {changed[0]} first: give runs on the same data."
-            )
-
-
 def check_same_tiles(
     runs: dict[str, RunStep],  # of `open_runs`
 ) -> None:

@@ -24,11 +24,14 @@ from conftest import ROOT
 from test_clusters import SINGLE
 from test_runs import SALT, make_project, workers
 
-from saltlib.running import execute_notebook, hold, outdated_lines, outdated_steps, run_recipe
 from saltlib.core import RunRecord, SaltError, read_record, write_atomic
-from saltlib.data import PredictionStore
+from saltlib.data import PredictionStore, load_tiles
 from saltlib.models import load_weights, save_weights
-from saltlib.recipes import input_checksums, parse_recipe, read_recipe, recipe_steps, step_arguments, step_folder, write_recipe
+from saltlib.new_tiles import run_members
+from saltlib.recipes import Step, input_checksums, parse_recipe, read_recipe, recipe_steps, step_arguments, step_folder, write_recipe
+from saltlib.running import execute_notebook, hold, outdated_lines, outdated_steps, run_recipe
+from saltlib.steps import RunStep, note_tiles, open_run
+from saltlib.synthetic import make_dataset
 from saltlib.training import read_checkpoint
 
 
@@ -74,7 +77,7 @@ def test_a_damaged_result_is_named_and_made_again(run, name, damage):
     steps = recipe_steps(recipe)
     damage(step_folder(recipe, steps[1], outputs) / name)
     assert list(outdated := outdated_steps(recipe, outputs)) == [steps[1]]
-    damaged, following = outdated_lines(recipe, outdated, outputs)
+    damaged, following = outdated_lines(recipe, outdated, steps, outputs)
     assert re.match(
         rf"\S*/{name.removesuffix('/three.bin')} is missing or no longer what the step 'train round1 compact fold 0' wrote, which is done again.$", damaged,
     )
@@ -104,7 +107,7 @@ def test_a_step_that_read_something_else_is_done_again(run):
     outdated = outdated_steps(recipe, outputs)
     assert list(outdated) == others
     again = sum(step.kind == "train" for step in others)
-    assert outdated_lines(recipe, outdated, outputs) == [f"Finished trainings whose inputs are no longer the same, and that are done again: {again}."]
+    assert outdated_lines(recipe, outdated, others, outputs) == [f"Finished trainings whose inputs are no longer the same, and that are done again: {again}."]
 
 
 @pytest.fixture
@@ -128,6 +131,44 @@ def test_what_does_not_run_now_stays(run, project, capsys):
     run_recipe(recipe, until="prepare")
     assert "0 of" in capsys.readouterr().out
     assert [path for path in before if not path.exists()] == [] and interrupted.exists() and submission.exists()
+
+
+def test_a_run_that_ends_early_does_not_call_the_outdated_done(run, project, capsys):
+    recipe, outputs = run
+    first, *others = recipe_steps(recipe)
+    write_atomic(step_folder(recipe, first, outputs) / "one.csv", "other folds")
+    finish(recipe, first, outputs)
+    run_recipe(recipe, until="prepare")
+    said = capsys.readouterr().out
+    again = sum(step.kind == "train" for step in others)
+    assert f"no longer the same, and that are done again by a run without --until: {again}.\n" in said and "0 of" in said
+    assert f"mean: 1 of {len(others) + 1} steps are done" in said.replace(recipe.name, "mean")
+    assert f"which a run without --until does again: {len(others)}\n" in said
+    with pytest.raises(SaltError, match="read has changed since: make it again with salt run"):
+        open_run(recipe.name, outputs)
+    with pytest.raises(SaltError, match="read has changed since: make it again with salt run"):
+        run_members(outputs / recipe.name)
+
+
+@pytest.mark.parametrize("damage", [lambda page: page.write_text("{"), Path.unlink])
+def test_a_report_that_is_cut_off_is_made_again(run, damage):
+    recipe, outputs = run
+    report = recipe_steps(recipe)[-1]
+    damage(step_folder(recipe, report, outputs) / "report.ipynb")
+    assert [*outdated_steps(recipe, outputs)] == [report]
+
+
+def test_a_run_goes_on_where_its_tiles_are_now(run, project):
+    recipe, outputs = run
+    for folder, seed in (("data/new", 0), ("data/other", 1)):
+        make_dataset(folder, 1, seed)
+    note_tiles(RunStep(recipe, Step("prepare"), outputs), **{split: load_tiles("data/new", split) for split in ("train", "test")})
+    moved = recipe.model_copy(update={"data": "data/new"})
+    run_recipe(moved, until="prepare")
+    for strange, said in {"data/other": f"tiles in data/other are not those that {recipe.name} began with", "data/none": "--data names another folder"}.items():
+        with pytest.raises(SaltError, match=said):
+            run_recipe(recipe.model_copy(update={"data": strange}), until="prepare")
+    assert read_recipe(outputs / recipe.name / "recipe.yaml") == moved and outdated_steps(moved, outputs) == {}
 
 
 def test_a_run_without_its_data_loses_nothing(run, project):
