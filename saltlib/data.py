@@ -696,7 +696,7 @@ class PredictionStore:
         size: int = SIZE,  # width and height in pixels
         attributes: dict | None = None,  # what makes the predictions, e.g. the model's name: plain values
     ) -> "PredictionStore":
-        "A new store, or the one that is there, to be continued. `SaltError` if that one has other ids, size or attributes."
+        "A new store, or the one that is there, to be continued. `SaltError` if that one has other ids, size or attributes, or none can be written."
         import zarr
 
         path, ids, attributes = Path(path), np.asarray(ids, dtype=str), attributes or {}
@@ -704,15 +704,15 @@ class PredictionStore:
             if len(np.unique(ids)) < len(ids) or len(ids) == 0:
                 raise SaltError(f"A store of predictions needs ids that are there once; {path} would get {len(ids)}, {len(np.unique(ids))} of them different.")
             # Made beside its place and renamed: a store is there with all it needs, or not at all.
-            part = path.with_name(f".{path.name}.part")
+            part, chunks = path.with_name(f".{path.name}.part"), -(-len(ids) // CHUNK)
             shutil.rmtree(part, ignore_errors=True)
-            group = zarr.create_group(part, attributes={"ids": ids.tolist(), "made_by": attributes})
             # Fast to unpack, as each round averages 40 members; Blosc has no checksum of its own.
             compressors = [zarr.codecs.BloscCodec(cname="lz4", shuffle="shuffle"), zarr.codecs.Crc32cCodec()]
-            group.create_array("probs", shape=(len(ids), size, size), chunks=(CHUNK, size, size), dtype="float16", compressors=compressors)
-            chunks = -(-len(ids) // CHUNK)
-            group.create_array("written", shape=(chunks,), chunks=(chunks,), dtype="bool")
-            os.rename(part, path)
+            with writing(path):
+                group = zarr.create_group(part, attributes={"ids": ids.tolist(), "made_by": attributes})
+                group.create_array("probs", shape=(len(ids), size, size), chunks=(CHUNK, size, size), dtype="float16", compressors=compressors)
+                group.create_array("written", shape=(chunks,), chunks=(chunks,), dtype="bool")
+                os.rename(part, path)
         store = cls(path)
         if store.ids.tolist() != ids.tolist() or store._probs.shape[1] != size or store.attributes != attributes:
             raise SaltError(f"{path} holds predictions for other tiles or by another model ({store.attributes}): delete it, or choose another place.")
@@ -749,18 +749,14 @@ class PredictionStore:
         probs: np.ndarray,  # float [n,size,size], 0..1
     ) -> None:
         "Write the predictions of some rows. `SaltError` if they aren't whole chunks, no probabilities (NaN: the network diverged), or if the disk is full."
-        probs = np.asarray(probs)
-        if (
-            rows.start % CHUNK or rows.stop not in {len(self.ids), *range(0, len(self.ids), CHUNK)}
-            or probs.shape != (rows.stop - rows.start, *self._probs.shape[1:])
-        ):
-            raise SaltError(
-                f"Predictions come in whole chunks of {CHUNK} tiles; rows {rows.start} to {rows.stop} with an array of shape {probs.shape} are none."
-            )
+        probs, (start, stop, step) = np.asarray(probs), rows.indices(len(self.ids))
+        whole = step == 1 and start % CHUNK == 0 and (stop % CHUNK == 0 or stop == len(self.ids))
+        if not whole or probs.shape != (stop - start, *self._probs.shape[1:]):
+            raise SaltError(f"Predictions come in whole chunks of {CHUNK} tiles; rows {start} to {stop} with an array of shape {probs.shape} are none.")
         if not (probs.min() >= -1e-3 and probs.max() <= 1 + 1e-3):
-            raise SaltError(f"{self.path}: the predictions for rows {rows.start} to {rows.stop} are not all between 0 and 1 ({probs.min()} to {probs.max()}).")
+            raise SaltError(f"{self.path}: the predictions for rows {start} to {stop} are not all between 0 and 1 ({probs.min()} to {probs.max()}).")
         flags = self._flags.copy()
-        flags[rows.start // CHUNK : -(-rows.stop // CHUNK)] = True
+        flags[start // CHUNK : -(-stop // CHUNK)] = True
         with writing(self.path, "; what was written before is kept"):
             # Less than the smallest normal half-precision number is 0: subnormal ones convert ten times slower.
             self._probs[rows] = np.where(probs < 2**-14, 0, np.minimum(probs, 1)).astype(np.float16)

@@ -402,7 +402,10 @@ def assemble(
     neighbors: pd.DataFrame,  # first, second, direction
     n: int,  # number of tiles
 ) -> list[np.ndarray]:  # int grids [rows, columns] of row numbers, -1 = no tile; largest first
-    "The mosaics of 2 tiles or more. `SaltError` if the pairs put a tile in two places or two tiles in one, or name a tile or a direction that there is not."
+    """The mosaics of 2 tiles or more. `SaltError` if the pairs put a tile in two places or two tiles in one, name a tile or a direction that there is not,
+    or lack a column."""
+    if missing := [name for name in ("first", "second", "direction") if name not in neighbors]:
+        raise SaltError(f"The table of pairs has no column {' and no column '.join(missing)}: it needs first, second and direction.")
     around = {}
     for a, b, d in neighbors[["first", "second", "direction"]].itertuples(index=False):
         if d not in STEP:

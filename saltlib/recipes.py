@@ -9,7 +9,7 @@ __all__ = ['Whole', 'Real', 'Name', 'PhaseName', 'Snapshots', 'ModelName', 'OPTI
            'RecipeLoader', 'in_words', 'parse_recipe', 'read_recipe', 'Step', 'fold_of', 'members', 'recipe_steps',
            'find_step', 'previous_round', 'step_inputs', 'trainings_beside', 'is_contaminated', 'recipe_folder',
            'find_run', 'read_run', 'run_names', 'step_folder', 'pseudo_labels_of', 'part_read', 'input_checksums',
-           'reads_another', 'refuse_outdated', 'rules_in_use', 'step_arguments', 'fold_file', 'begun_settings',
+           'reads_another', 'refuse_outdated', 'rules_in_use', 'step_arguments', 'fold_file', 'begun_recipe',
            'check_settings', 'write_recipe']
 
 # %% ../nbs/14_recipes.ipynb #b36c8219
@@ -708,16 +708,15 @@ def fold_file(
     return {file: checksum(file)} if (file := recipe.folds.file) and Path(file).is_file() else {}
 
 
-def begun_settings(
+def begun_recipe(
     recipe: Recipe,
     outputs: str | Path,  # the project's outputs folder
-) -> dict[Step, dict]:  # as `step_arguments`; empty, if the run is new or the file damaged
-    "What the steps of the run were to do when it was last begun."
+) -> Recipe | None:  # None, if the run is new or the file damaged
+    "The recipe as it was when the run was last begun."
     try:
-        begun = read_recipe(recipe_folder(recipe, outputs) / "recipe.yaml")
+        return read_recipe(recipe_folder(recipe, outputs) / "recipe.yaml")
     except SaltError:
-        return {}
-    return {step: step_arguments(begun, step) for step in recipe_steps(begun)}
+        return None
 
 
 def check_settings(
@@ -725,7 +724,7 @@ def check_settings(
     outputs: str | Path,  # the project's outputs folder
 ) -> None:
     "`SaltError` if finished steps, or interrupted trainings, were made with other settings or another fold file."
-    changed, before = {}, begun_settings(recipe, outputs)  # folder -> settings then and now
+    changed, begun = {}, begun_recipe(recipe, outputs)  # folder -> settings then and now
     outdated, costly = set(), False  # costly: is a training or prediction made again if what was made with other settings is deleted?
     for step in recipe_steps(recipe):
         record, now = read_record(folder := step_folder(recipe, step, outputs)), step_arguments(recipe, step)
@@ -737,7 +736,7 @@ def check_settings(
         if record:
             then = record["arguments"]
         elif (folder / "checkpoint.pt").exists():  # of an interrupted training
-            then = before.get(step, now)
+            then = step_arguments(begun, step) if begun and step in recipe_steps(begun) else now
         else:
             continue
         if then != now:

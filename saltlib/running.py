@@ -9,7 +9,7 @@ __all__ = ['SCORE_NOTE', 'FOLLOWS', 'for_papermill', 'check_parameters', 'say', 
            'next_pass', 'outdated_lines', 'steps_until', 'tile_tables', 'count_tiles', 'training_passes',
            'measured_rates', 'expected_cost', 'notebook_error', 'training_progress', 'status_rows', 'find_profile',
            'report_page', 'clear_outdated', 'snakemake_command', 'give_cache', 'make_progress', 'print_outcome',
-           'refuse_options', 'refuse_fold_file', 'run_recipe']
+           'refuse_options', 'refuse_fold_file', 'refuse_start', 'run_passes', 'run_recipe']
 
 # %% ../nbs/18_running.ipynb #e3e2b213
 import contextlib, csv, fcntl, io, json, os, re, shutil, signal, socket, subprocess, sys, tempfile, time
@@ -24,7 +24,7 @@ import psutil
 from .core import SaltError, changed_files, pick_device, project_root, read_json, read_record
 from .core import refuse_used, runs_folder, socket_folder, usable_cores, visible_gpus, write_atomic
 from .data import SIZE, how_to_mend, read_by_id, refuse_bad_data
-from .recipes import Recipe, Step, check_settings, find_step, read_recipe, reads_another, recipe_folder
+from .recipes import Recipe, Step, begun_recipe, check_settings, find_step, read_recipe, reads_another, recipe_folder
 from .recipes import recipe_steps, run_names, step_folder, step_inputs, write_recipe
 
 # papermill and nbformat load jsonschema, which takes 3 s to prepare the check of web addresses where it finds this package; notebooks hold none.
@@ -761,6 +761,54 @@ def refuse_fold_file(
         own_folds(recipe.folds, [*ids])
 
 
+def refuse_start(
+    recipe: Recipe,
+    outputs: Path,
+    dry_run: bool,
+) -> None:
+    "`SaltError` if the run can't begin, or not go on, with these settings, its folder, its data or its folds."
+    check_settings(recipe, outputs)
+    folder = recipe_folder(recipe, outputs)
+    if not any((folder / part).exists() for part in ("recipe.yaml", "prepare")):
+        refuse_used(folder, f"the run {recipe.name}", left=[".lock", ".snakemake"])
+    if read_record(step_folder(recipe, Step("prepare"), outputs)) is None:
+        if recipe.folds.file:
+            refuse_fold_file(recipe)
+        if tile_tables(recipe.data) or not dry_run:  # what a run would cost can be asked before there are data
+            refuse_bad_data(recipe.data)  # said here at once, before any step begins
+    elif not (begun := begun_recipe(recipe, outputs)) or begun.data != recipe.data:
+        from saltlib.steps import refuse_other_tiles  # loads what `salt status` can do without
+
+        refuse_other_tiles(recipe, outputs)
+
+
+def run_passes(
+    recipe: Recipe,
+    wanted: list[Step],  # of `steps_until`
+    outputs: Path,
+    until: str | None,  # as in `run_recipe`
+    quiet: bool,
+    carry_out: Callable[[list[Step], list[Step]], int],  # targets, none for all, and the steps that run for them -> exit status
+) -> int:  # the last exit status
+    "Run what is missing or outdated; then again, as long as that may change what finished steps read."
+    folder, status = recipe_folder(recipe, outputs), 0
+    for _ in recipe_steps(recipe):  # at most: each pass gets a step done
+        outdated, steps, perhaps_more = next_pass(recipe, wanted, outputs)
+        if not quiet:
+            print(
+                *outdated_lines(recipe, outdated, wanted, outputs),
+                f"{recipe.name}: {len(steps)} of {len(recipe_steps(recipe))} steps to run, results in {folder}/", sep="\n", flush=True,
+            )
+        if steps and not tile_tables(recipe.data):
+            raise SaltError(f"{recipe.data} has no tiles any more, which {steps[0]} reads. {how_to_mend(recipe.data)}")
+        clear_outdated(recipe, steps, outputs)
+        if steps or not (until or report_page(recipe, outputs).exists()):
+            status = carry_out(steps if perhaps_more else wanted if until else [], steps)
+        if status or not (steps and perhaps_more):
+            break
+    return status
+
+
 def run_recipe(
     recipe: Recipe,
     dry_run: bool = False,  # say what would run, and what it costs
@@ -776,23 +824,12 @@ def run_recipe(
     cluster = find_profile(profile) if profile else None
     os.chdir(project_root())
     outputs = Path("outputs")
-    folder, prepare = recipe_folder(recipe, outputs), step_folder(recipe, Step("prepare"), outputs)
+    folder = recipe_folder(recipe, outputs)
     gpus = 0 if recipe.device == "cpu" else len(visible_gpus())
     use_gpu = recipe.device != "cpu" and bool(cluster or gpus)
     refuse_options(cluster, gpus, cores, per_gpu)
     wanted = steps_until(recipe, until)
-    check_settings(recipe, outputs)
-    if not any((folder / part).exists() for part in ("recipe.yaml", "prepare")):
-        refuse_used(folder, f"the run {recipe.name}", left=[".lock", ".snakemake"])
-    new = read_record(prepare) is None
-    if not new and recipe.data != read_recipe(folder / "recipe.yaml").data:
-        from saltlib.steps import refuse_other_tiles  # loads what `salt status` can do without
-
-        refuse_other_tiles(recipe, outputs)
-    if new and recipe.folds.file:
-        refuse_fold_file(recipe)
-    if new and (tile_tables(recipe.data) or not dry_run):  # what a run would cost can be asked before there are data
-        refuse_bad_data(recipe.data)  # said here at once, before any step begins
+    refuse_start(recipe, outputs, dry_run)
     if dry_run:
         outdated = outdated_steps(recipe, outputs)
         steps = [step for step in outdated if step in wanted]
@@ -805,28 +842,16 @@ def run_recipe(
         pick_device("cuda")  # said here once, not by each training
     from saltlib.nursery import nursery
 
-    status = 0
     with hold(folder / ".lock", f"A run of {recipe.name}") as lock:
+        def carry_out(targets: list[Step], steps: list[Step]) -> int:
+            command = snakemake_command(recipe, outputs, targets, cluster, cores or usable_cores(), gpus, per_gpu, use_gpu)
+            # Snakemake inherits the lock: as long as it works, also after this process was killed, no other run begins.
+            return watch(command, [lock.fileno()], make_progress(recipe, steps, outputs), quiet, verbose, 60 if cluster else 10)
+
         write_recipe(recipe, outputs)
-        for _ in recipe_steps(recipe):  # at most: each pass gets a step done
-            outdated, steps, perhaps_more = next_pass(recipe, wanted, outputs)
-            if not quiet:
-                print(
-                    *outdated_lines(recipe, outdated, wanted, outputs),
-                    f"{recipe.name}: {len(steps)} of {len(recipe_steps(recipe))} steps to run, results in {folder}/", sep="\n", flush=True,
-                )
-            if steps and not tile_tables(recipe.data):
-                raise SaltError(f"{recipe.data} has no tiles any more, which {steps[0]} reads. {how_to_mend(recipe.data)}")
-            clear_outdated(recipe, steps, outputs)
-            if steps or not (until or report_page(recipe, outputs).exists()):
-                targets = steps if perhaps_more else wanted if until else []
-                command = snakemake_command(recipe, outputs, targets, cluster, cores or usable_cores(), gpus, per_gpu, use_gpu)
-                with contextlib.nullcontext() if cluster or sys.platform != "linux" else nursery():
-                    give_cache(folder)
-                    # Snakemake inherits the lock: as long as it works, also after this process was killed, no other run begins.
-                    status = watch(command, [lock.fileno()], make_progress(recipe, steps, outputs), quiet, verbose, 60 if cluster else 10)
-            if status or not (steps and perhaps_more):
-                break
+        give_cache(folder)
+        with contextlib.nullcontext() if cluster or sys.platform != "linux" else nursery():
+            status = run_passes(recipe, wanted, outputs, until, quiet, carry_out)
     if status:
         failed = [f"  {step}: {error}" for step, state, error in status_rows(recipe, outputs) if state == "failed"]
         reasons = failed or [f"  no step says why; Snakemake's own account is the newest file in {folder}/.snakemake/log"]

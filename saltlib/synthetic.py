@@ -305,9 +305,13 @@ def make_dataset(
     refuse_used(root, "the synthetic data")
     shape = height_tiles, width_tiles
     n = n_sections * height_tiles * width_tiles
-    if min(n_sections, *shape) < 1 or seed < 0 or not 0 < round(train_share * n) < n:
-        raise SaltError(f"Synthetic data need 1 section and 1 tile or more each way, a seed of 0 or more, and tiles for both train and test: "
-                        f"not {n_sections} sections of {height_tiles} x {width_tiles} tiles, seed {seed}, train_share {train_share}.")
+    whole = all(isinstance(number, int | np.integer) for number in (n_sections, seed, *shape))
+    if not whole or min(n_sections, *shape) < 1 or seed < 0 or not 0 < round(train_share * n) < n or not 0 <= black_share <= 1:
+        raise SaltError(
+            "Synthetic data need 1 section and 1 tile or more each way, a seed of 0 or more, all whole numbers, tiles for both train and test, "
+            f"and a share of black ones between 0 and 1: not {n_sections} sections of {height_tiles} x {width_tiles} tiles, seed {seed}, "
+            f"train_share {train_share}, black_share {black_share}."
+        )
     with writing(root):
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as scratch:
