@@ -636,12 +636,12 @@ def input_checksums(
     recipe: Recipe,
     step: Step,
     outputs: str | Path,  # the project's outputs folder
-) -> dict[str, str | None]:  # folder, in the run's, of a step that it reads -> checksum of what it reads there; None: that step is not done
+) -> dict[str, str | None]:  # folder in `outputs` of a step that it reads -> checksum of what it reads there; None: that step is not done
     "What a step reads, as its record keeps it: results, not when or where they were made, so a step that is done again with the same ones changes nothing."
     sums = {}
     for needed in step_inputs(recipe, step):
         record = read_record(folder := step_folder(recipe, needed, outputs))
-        sums[str(folder.relative_to(recipe_folder(recipe, outputs)))] = None if record is None else seal(
+        sums[str(folder.relative_to(outputs))] = None if record is None else seal(
             {name: sum for name, sum in record["files"].items() if name.startswith(part_read(recipe, step, needed))}
         )
     return sums
@@ -654,7 +654,8 @@ def reads_another(
     read: dict[str, str],  # inputs in its record
 ) -> bool:
     "Would a step now read something else than it did? Of a step that is to be made again nobody knows yet."
-    return any(name not in read or sum and read[name] != sum for name, sum in input_checksums(recipe, step, outputs).items())
+    then, now = ({name.partition("/")[2]: sum for name, sum in sums.items()} for sums in (read, input_checksums(recipe, step, outputs)))  # a run may be renamed
+    return any(place not in then or sum and then[place] != sum for place, sum in now.items())
 
 
 def refuse_outdated(
