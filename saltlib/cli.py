@@ -84,13 +84,12 @@ def compare_runs(
     from rich.markup import escape
     from rich.table import Table
 
-    from saltlib.steps import compare_scores, different_settings, most_changed, open_runs, refuse_changed_tiles, tile_scores
+    from saltlib.steps import compare_scores, different_settings, most_changed, open_runs, tile_scores
 
     if out:
         refuse_place(out, "The comparison", ".ipynb")
     root = project_root()
     runs = open_runs(names, root / "outputs")
-    refuse_changed_tiles(runs)
     scores = tile_scores(runs)
     for title, rows in {
         "settings that differ": different_settings(runs),

@@ -63,6 +63,8 @@ def read_by_id(
 ) -> tuple[dict[str, str], list[str]]:  # id -> cell, problems (the rows they are about are left out)
     "One column of a CSV by id, and everything that is wrong with the file. Does not raise."
     path, values, problems = Path(path), {}, []
+    if path.exists() and not path.is_file():  # a FIFO would be read for ever
+        return {}, [f"{path.name} is no file."]
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             (_, header), *rows = [(number, row) for number, row in enumerate(csv.reader(file, strict=True), 1) if row] or [(1, [])]
@@ -321,7 +323,7 @@ def how_to_mend(
 ) -> str:
     "What to do about a data folder that is refused."
     if not (Path(root) / "train.csv").exists():
-        return "README tells under 'With your Kaggle data' how to get them, salt demo writes synthetic ones to data/demo; --data names another folder."
+        return "README tells under 'With your Kaggle data' how to get them, salt demo writes synthetic ones to data/demo; salt run --data names another folder."
     return f"Mend or fetch these files again; salt check-data {shlex.quote(str(root))} lists everything that is wrong."
 
 

@@ -71,7 +71,6 @@ def run_members(
     """The networks of a run's last round, its groups stretched as they were over its test tiles.
     `SaltError` if one is not trained, its weights are damaged or what it learned from has changed since, or that stretch is not known yet."""
     recipe, outputs = read_run(models), models.absolute().parent
-    refuse_outdated(recipe, outputs)
     name, last = list(recipe.rounds.items())[-1]
     found = []
     for k, (group_name, group) in enumerate(last.ensemble.items()):
@@ -81,8 +80,9 @@ def run_members(
             settings = recipe.rounds[round].phases[phase]
             for fold in recipe.folds.use:
                 folder = step_folder(recipe, Step("train", round, phase, fold), outputs)
-                if read_record(folder, verify=True) is None:
-                    raise SaltError(f"{folder} holds no trained network: finish the run first (salt run {recipe.name}).")
+                if read_record(folder, True, "weights/") is None:
+                    raise SaltError(f"{folder} holds no trained network: finish the run first (salt run {models}).")
+                refuse_outdated(recipe, [Step("train", round, phase, fold)], outputs)
                 ways = [(folder / file, model) for file in settings.files(fold) for model in settings.prediction_models]
                 found += [Member(file, model, group_name, weight / len(ways), ends) for file, model in ways]
     return found

@@ -654,18 +654,27 @@ def reads_another(
     read: dict[str, str],  # inputs in its record
 ) -> bool:
     "Would a step now read something else than it did? Of a step that is to be made again nobody knows yet."
-    then, now = ({name.partition("/")[2]: sum for name, sum in sums.items()} for sums in (read, input_checksums(recipe, step, outputs)))  # a run may be renamed
+    # without the run's name, which may have changed: a copy can be compared and predicted with
+    then, now = ({name.partition("/")[2]: sum for name, sum in sums.items()} for sums in (read, input_checksums(recipe, step, outputs)))
     return any(place not in then or sum and then[place] != sum for place, sum in now.items())
 
 
 def refuse_outdated(
     recipe: Recipe,  # of a run
+    steps: list[Step],  # whose results are asked for
     outputs: str | Path,  # the project's outputs folder
 ) -> None:
-    "`SaltError` if what a finished step read has changed since, so that the run's scores and networks are not of what it says now."
-    for step in recipe_steps(recipe):
-        if (record := read_record(folder := step_folder(recipe, step, outputs))) and reads_another(recipe, step, outputs, record["inputs"]):
-            raise SaltError(f"What {folder} read has changed since: make it again with salt run {recipe.name}.")
+    "`SaltError` if one of the steps, or one that it depends on at any remove, is finished but read something else than what is there now."
+    asked, seen = [*steps], set()
+    while asked:
+        if (step := asked.pop()) not in seen:
+            seen.add(step)
+            asked += step_inputs(recipe, step)
+            if (record := read_record(folder := step_folder(recipe, step, outputs))) and reads_another(recipe, step, outputs, record["inputs"]):
+                raise SaltError(
+                    f"{folder} is outdated: results that it was made from have been made again since, and came out differently. "
+                    f"Bring the run up to date with salt run {recipe_folder(recipe, outputs)}."
+                )
 
 
 def rules_in_use(

@@ -382,7 +382,7 @@ def load_recipe(
     if is_run(path) and (begun := read_recipe(path).name) != path.absolute().parent.name:
         raise SaltError(f"{path.parent} was {begun} when its steps were made, and their records say so: rename it to {begun}, and run that.")
     if data is None and is_run(path):
-        return recipe  # it goes on with its data as its records name them
+        return recipe  # it goes on with the data that it had last
     root = project_root()
     return recipe.model_copy(update={"data": from_root(root / recipe.data if data is None else Path(data), root)})
 
@@ -454,7 +454,8 @@ def outdated_lines(
             said.append(f"Finished trainings whose inputs are no longer the same, and that are {words}: {n}.")
     perhaps = [step.kind for step in steps_after(recipe, outdated) if step not in outdated]
     if perhaps:
-        said.append(f"Finished steps that stand if what they read comes out as it was: {len(perhaps)}, trainings among them: {perhaps.count('train')}.")
+        trainings = perhaps.count("train")
+        said.append(f"Finished steps that wait for this and are kept if it comes out as it was: {len(perhaps)}, trainings among them: {trainings}.")
     return said
 
 
@@ -723,7 +724,7 @@ def print_outcome(
     done = sum(state == "done" for _, state, _ in rows)
     print(f"{recipe.name}: {'all' if done == len(rows) else f'{done} of'} {len(rows)} steps are done")
     if outdated := sum(state == "outdated" for _, state, _ in rows):
-        print(f"steps whose inputs have changed since they were done, which a run without --until does again: {outdated}")
+        print(f"outdated steps, which the same command without --until makes again: {outdated}")
     for step, state, figures in rows:
         if step.startswith("ensemble") and state == "done":
             print(f"{step}: {figures}")
@@ -771,7 +772,8 @@ def refuse_start(
     folder = recipe_folder(recipe, outputs)
     if not any((folder / part).exists() for part in ("recipe.yaml", "prepare")):
         refuse_used(folder, f"the run {recipe.name}", left=[".lock", ".snakemake"])
-    if read_record(step_folder(recipe, Step("prepare"), outputs)) is None:
+    record = read_record(prepare := step_folder(recipe, Step("prepare"), outputs))
+    if record is None or changed_files(prepare, record):  # it is done again
         if recipe.folds.file:
             refuse_fold_file(recipe)
         if tile_tables(recipe.data) or not dry_run:  # what a run would cost can be asked before there are data
@@ -779,7 +781,10 @@ def refuse_start(
     elif not (begun := begun_recipe(recipe, outputs)) or begun.data != recipe.data:
         from saltlib.steps import refuse_other_tiles  # loads what `salt status` can do without
 
-        refuse_other_tiles(recipe, outputs)
+        try:
+            refuse_other_tiles(recipe, outputs)
+        except SaltError as error:
+            raise SaltError(f"{error}" + (f" It was begun with {begun.data}, with which salt run {folder} goes on." if begun else "")) from None
 
 
 def run_passes(
@@ -845,13 +850,13 @@ def run_recipe(
     with hold(folder / ".lock", f"A run of {recipe.name}") as lock:
         def carry_out(targets: list[Step], steps: list[Step]) -> int:
             command = snakemake_command(recipe, outputs, targets, cluster, cores or usable_cores(), gpus, per_gpu, use_gpu)
-            # Snakemake inherits the lock: as long as it works, also after this process was killed, no other run begins.
-            return watch(command, [lock.fileno()], make_progress(recipe, steps, outputs), quiet, verbose, 60 if cluster else 10)
+            with contextlib.nullcontext() if cluster or sys.platform != "linux" else nursery():
+                # Snakemake inherits the lock: as long as it works, also after this process was killed, no other run begins.
+                return watch(command, [lock.fileno()], make_progress(recipe, steps, outputs), quiet, verbose, 60 if cluster else 10)
 
         write_recipe(recipe, outputs)
         give_cache(folder)
-        with contextlib.nullcontext() if cluster or sys.platform != "linux" else nursery():
-            status = run_passes(recipe, wanted, outputs, until, quiet, carry_out)
+        status = run_passes(recipe, wanted, outputs, until, quiet, carry_out)
     if status:
         failed = [f"  {step}: {error}" for step, state, error in status_rows(recipe, outputs) if state == "failed"]
         reasons = failed or [f"  no step says why; Snakemake's own account is the newest file in {folder}/.snakemake/log"]

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from .core import RunRecord, SaltError, derive_seed, flat_settings, git_commit, pick_device, read_json, read_record, versions, write_atomic
-from .data import SIZE, PredictionStore, Tiles, encode_masks, is_black, load_tiles, make_folds, read_folds, refuse_bad_data, tile_checksums
+from .data import SIZE, PredictionStore, Tiles, encode_masks, is_black, load_tiles, make_folds, read_folds, tile_checksums
 from .ensemble import Ensemble, Group, averaged_ahead, choose_pseudo_labels, decode_masks, in_pieces, read_ends, read_pseudo_labels, weighted_mean
 from .metrics import precision_at_iou, score
 from .mosaic import CLOSE, closest_known, mosaic_groups
@@ -213,10 +213,10 @@ def refuse_other_tiles(
     recipe: Recipe,  # of a run that was begun with another data folder
     outputs: Path,
 ) -> None:
-    "`SaltError` if the data folder is not in order, or holds other tiles than those that the prepare step saw."
-    refuse_bad_data(recipe.data)
+    "`SaltError` if the data folder has no train tiles, or other tiles than those that the prepare step saw."
     for split in ("train", "test"):
-        run_tiles(RunStep(recipe, Step("prepare"), outputs), split)
+        if split == "train" or any((Path(recipe.data) / name).exists() for name in ("test", "test.zip")):  # a machine that only trains has none
+            run_tiles(RunStep(recipe, Step("prepare"), outputs), split)
 
 # %% ../nbs/15_steps.ipynb #e51c0a01
 def own_folds(
@@ -534,7 +534,8 @@ def compare_folds(
             folder = step_folder(recipe, Step("ensemble", recipe.last_round), step.outputs)
             if comparable := plain(recipe) == plain(step.recipe) and read_record(folder, verify=True, part="out_of_fold.csv"):
                 refuse_changed_tiles({"this run": step, recipe.name: RunStep(recipe, step.place, step.outputs)})
-        except SaltError:  # of another version, or damaged, which is no matter of this run
+                refuse_outdated(recipe, [Step("ensemble", recipe.last_round)], step.outputs)
+        except SaltError:  # of another version, damaged or outdated, which is no matter of this run
             continue
         if comparable and (by := recipe.folds.file or recipe.folds.by) not in scores:
             scores[by] = read_table(folder / "out_of_fold.csv").set_index("id")["precision"]
@@ -556,7 +557,7 @@ def open_run(
     run: str | Path,  # a name in outputs, or the folder of a run
     outputs: str | Path,  # the project's outputs folder
 ) -> RunStep:  # the ensemble of its last round
-    "A finished run, to be read. `SaltError` if it is not there, its last round has no ensemble yet, that one's results are damaged, or a step is outdated."
+    "A finished run, to be read. `SaltError` if it is not there, its last round has no ensemble yet, that one's results are damaged or outdated."
     if (folder := find_run(run, outputs)) is None:
         if any((place / "blend.ipynb").is_file() for place in (Path(run), Path(outputs) / run)):
             raise SaltError(
@@ -571,7 +572,7 @@ def open_run(
     run = RunStep(recipe, Step("ensemble", recipe.last_round), folder.parent)
     if read_record(run.folder, verify=True) is None:
         raise SaltError(f"{folder} has no scores yet: finish it first with salt run {folder.name}.")
-    refuse_outdated(recipe, folder.parent)
+    refuse_outdated(recipe, [run.place], folder.parent)
     return run
 
 
@@ -579,11 +580,12 @@ def open_runs(
     runs: list[str | Path],  # two or more
     outputs: str | Path,  # the project's outputs folder
 ) -> dict[str, RunStep]:  # by name
-    "Finished runs. `SaltError` as `open_run`, or if two have the same name."
-    opened = [open_run(run, outputs) for run in runs]
-    if len(opened) < 2 or len({run.recipe.name for run in opened}) < len(opened):
+    "Finished runs. `SaltError` as `open_run`, if two have the same name, or if a tile was another one for one than for another."
+    opened = {run.recipe.name: run for run in (open_run(run, outputs) for run in runs)}
+    if len(opened) < max(2, len(runs)):
         raise SaltError(f"Give two or more runs with different names, not {', '.join(map(str, runs))}.")
-    return {run.recipe.name: run for run in opened}
+    refuse_changed_tiles(opened)
+    return opened
 
 
 def different_settings(
@@ -662,7 +664,6 @@ def check_same_tiles(
     runs: dict[str, RunStep],  # of `open_runs`
 ) -> None:
     "`SaltError` if the runs predicted different test tiles, or scored other train tiles than the first has."
-    refuse_changed_tiles(runs)
     first, *others = (run.store for run in runs.values())
     for store in others:
         if different := set(first.ids) ^ set(store.ids):

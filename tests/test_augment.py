@@ -176,7 +176,12 @@ def test_phalanx_rotation_and_crop():
         sides.append(crop.params["crop_params"])
     left, top, right, bottom = np.array(sides).T
     assert 0 <= min(angles) < 0.3 and 14.7 < max(angles) <= 15
+    assert (left != 101 - right).mean() > 0.8 and (top != left).mean() > 0.8  # each by itself: alike in one draw of 21 by chance
     assert {left.min(), top.min(), 101 - right.max(), 101 - bottom.max()} == {0} and max(left.max(), top.max(), 101 - right.min(), 101 - bottom.min()) == 20
+
+
+def test_phalanx_takes_each_of_a_group_as_often():
+    assert [np.round(group.transforms_ps, 6).tolist() for group in AUGMENTATIONS["phalanx"]().transforms[1:]] == [[0.333333] * 3, [0.5, 0.5]]
 
 
 def test_phalanx_grey_values_are_clipped():

@@ -231,6 +231,9 @@ DAMAGE = {
     "foreign file": (write("test/images/notes.txt", b""), ["test/images: 'notes.txt' is not named as a tile"]),
     "folder among tiles": (lambda root: (root / "test/images/x.png").mkdir(), ["test/images: 'x.png/' is not named as a tile"]),
     "FIFO among tiles": (lambda root: os.mkfifo(root / "test/images/x.png"), ["test/images: 'x.png/' is not named as a tile"]),
+    "FIFO for a table": (
+        lambda root: ((root / "sample_submission.csv").unlink(), os.mkfifo(root / "sample_submission.csv")), ["sample_submission.csv is no file"],
+    ),
     "no masks at all": (lambda root: shutil.rmtree(root / "train/masks"), ["train/masks is missing"]),
     "no test at all": (lambda root: shutil.rmtree(root / "test"), ["test.zip is missing, and so is test/"]),
     "empty folder": (lambda root: [p.unlink() for p in (root / "test/images").iterdir()], ["test/images has no ID.png"]),
@@ -368,9 +371,10 @@ def test_any_byte_of_a_zip_may_be_wrong(tmp_path, place, value, tail):
     (root / "test.zip").write_bytes(data)
     assert isinstance(check_data(root), list)
     try:
-        load_tiles(root, "test")
+        found = load_tiles(root, "test")
     except SaltError:
-        pass
+        return
+    assert all((image == image_of(id)).all() for id, image in zip(found.ids, found.images))  # refused, or right
 
 
 @given(st.binary(max_size=300))

@@ -81,7 +81,7 @@ def test_a_damaged_result_is_named_and_made_again(run, name, damage):
     assert re.match(
         rf"\S*/{name.removesuffix('/three.bin')} is missing or no longer what the step 'train round1 compact fold 0' wrote, which is done again.$", damaged,
     )
-    assert following == f"Finished steps that stand if what they read comes out as it was: {len(steps) - 2}, trainings among them: 0."
+    assert following == f"Finished steps that wait for this and are kept if it comes out as it was: {len(steps) - 2}, trainings among them: 0."
 
 
 def test_what_follows_stands_if_a_step_comes_out_as_it_was(run):
@@ -143,11 +143,10 @@ def test_a_run_that_ends_early_does_not_call_the_outdated_done(run, project, cap
     again = sum(step.kind == "train" for step in others)
     assert f"no longer the same, and that are done again by a run without --until: {again}.\n" in said and "0 of" in said
     assert f"mean: 1 of {len(others) + 1} steps are done" in said.replace(recipe.name, "mean")
-    assert f"which a run without --until does again: {len(others)}\n" in said
-    with pytest.raises(SaltError, match="read has changed since: make it again with salt run"):
-        open_run(recipe.name, outputs)
-    with pytest.raises(SaltError, match="read has changed since: make it again with salt run"):
-        run_members(outputs / recipe.name)
+    assert f"outdated steps, which the same command without --until makes again: {len(others)}\n" in said
+    for read in (lambda: open_run(recipe.name, outputs), lambda: run_members(outputs / recipe.name)):
+        with pytest.raises(SaltError, match="is outdated: results that it was made from .* Bring the run up to date with salt run .*outputs/single"):
+            read()
 
 
 @pytest.mark.parametrize("damage", [lambda page: page.write_text("{"), Path.unlink])
@@ -165,10 +164,15 @@ def test_a_run_goes_on_where_its_tiles_are_now(run, project):
     note_tiles(RunStep(recipe, Step("prepare"), outputs), **{split: load_tiles("data/new", split) for split in ("train", "test")})
     moved = recipe.model_copy(update={"data": "data/new"})
     run_recipe(moved, until="prepare")
-    for strange, said in {"data/other": f"tiles in data/other are not those that {recipe.name} began with", "data/none": "--data names another folder"}.items():
-        with pytest.raises(SaltError, match=said):
+    for strange, said in {"data/other": "tiles in data/other are not those that single began with", "data/none": "train.zip is missing"}.items():
+        with pytest.raises(SaltError, match=f"{said}.*It was begun with data/new, with which salt run outputs/single goes on"):
             run_recipe(recipe.model_copy(update={"data": strange}), until="prepare")
     assert read_recipe(outputs / recipe.name / "recipe.yaml") == moved and outdated_steps(moved, outputs) == {}
+    shutil.copytree("data/new", "data/train_only", ignore=lambda folder, names: {"test"} if folder == "data/new" else set())  # where networks only learn
+    run_recipe(recipe.model_copy(update={"data": "data/train_only"}), until="train")
+    (step_folder(recipe, Step("prepare"), outputs) / "one.csv").unlink()  # it is done again, so the data are those of a new run
+    with pytest.raises(SaltError, match="data/none has 5 problems:(.|\n)*salt run --data names another folder"):
+        run_recipe(recipe.model_copy(update={"data": "data/none"}), until="train")
 
 
 def test_a_run_without_its_data_loses_nothing(run, project):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from saltlib.core import SaltError
-from saltlib.models import MODELS, ThreeOutputs, create_model, imagenet_weights, prepare, prepare_masks, restore
+from saltlib.models import MODELS, ThreeOutputs, create_model, imagenet_weights, prepare, prepare_masks, resize_and_pad, restore
 
 # The method's section 3: side after resizing, padding before and after, OpenCV's border, smallest input.
 METHOD = {
@@ -64,15 +64,11 @@ def test_prepare_agrees_with_opencv(name, tiles):
             np.testing.assert_allclose(levels, np.stack(3 * [grey]), atol=1e-3)
 
 
-@each
-def test_padding_and_crop_are_exact(name):
-    size, (before, _), border, _ = METHOD[name]
-    numbers = torch.rand(2, size, size)
+def test_padding_and_crop_are_exact():
+    "Of the network that takes tiles as large as they are."
+    numbers, name = torch.rand(2, 101, 101), "phalanx_v5"
     padded = torch.stack([torch.from_numpy(opencv(np.zeros((101, 101)), name)[1](x.numpy())) for x in numbers])
-    grey = torch.nn.functional.pad(numbers[:, None], (*MODELS[name].pad, *MODELS[name].pad), MODELS[name].border)
-    assert torch.equal(grey[:, 0], padded)
-    if size == 101:
-        assert torch.equal(restore(padded, name), numbers)
+    assert torch.equal(resize_and_pad(numbers, MODELS[name])[:, 0], padded) and torch.equal(restore(padded, name), numbers)
 
 
 @each
@@ -142,6 +138,8 @@ def test_every_weight_learns(name):
     outputs = net(torch.rand(2, 3, side, side))
     sum(o.square().mean() for o in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
     assert [key for key, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    for name, part in net.named_children():
+        assert not [*part.parameters()] or any(p.grad.any() for p in part.parameters()), name
 
 
 def test_v3_gives_three_outputs_in_training_and_one_in_evaluation():

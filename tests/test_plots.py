@@ -237,3 +237,17 @@ def test_coverage_counts_every_tile(coverages, title):
     figure = plots.plot_coverage(coverages)
     png(figure)
     assert title in texts(figure) and sum(bar.get_height() for bar in figure.axes[0].patches) == len(coverages)
+
+
+def test_curves_are_those_of_the_map(tiles):
+    _, score, rate = plots.plot_history(history(3)).axes
+    one = {("round1 a", "fold 0"): history(3)}
+    for ax in (score, plots.plot_histories(one).axes[0], plots.plot_runs({"x": one}).axes[0]):
+        assert list(ax.lines[0].get_ydata()) == [0, 0.01, 0.02]
+    assert list(rate.lines[0].get_ydata()) == [1e-3] * 3
+
+
+def test_tiles_share_the_colours_of_their_bar(tiles):
+    images, masks, probs, ids = (part[:2] for part in tiles)
+    axes = plots.plot_predictions(images, masks, probs * 0.4, ids, np.ones(2), spread=probs * 0.1).axes
+    assert [ax.images[0].get_clim() for ax in axes[4:8]] == [(0, 1)] * 2 + [(0, 0.5)] * 2

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -124,3 +125,14 @@ sys.exit(cli.main(["predict", "--device", "cpu", *sys.argv[1:]]))
     process.terminate()
     assert process.communicate(timeout=30)[1].splitlines()[-1] == "salt predict: stopped." and process.returncode == 130
     assert set(tmp_path.iterdir()) == before
+
+
+def test_members_count_by_their_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(new_tiles, "load_member", lambda member: {"a": 0.9, "b": 0.1}[member.path.name])
+    sees = lambda value, *_, **__: SimpleNamespace(start=lambda tiles: lambda: np.full(tiles.shape, value, np.float32))
+    monkeypatch.setattr("saltlib.inference.Predictor", sees)
+    tiles = np.tile(np.arange(101, dtype=np.uint8), (2, 101, 1))
+    tiles[1] = 0
+    members = [Member(Path("a"), "compact", "all", 3.0), Member(Path("b"), "compact", "all", 1.0)]
+    (probs,) = new_tiles.predict_members(members, tiles, tmp_path, "cpu")
+    assert np.allclose(probs[0], 0.7) and (probs[1] == 0).all()  # (3 * 0.9 + 0.1) / 4; a black tile has no salt

@@ -23,7 +23,7 @@ from filelock import FileLock
 from saltlib import running
 from saltlib.cli import show_status
 from saltlib.core import RunRecord, SaltError, checksum, gpu_works, read_record, seal
-from saltlib.data import PredictionStore, load_tiles, read_rle_csv, rle_decode
+from saltlib.data import PredictionStore, load_tiles, read_folds, read_rle_csv, rle_decode
 from saltlib.inference import load_networks, predict_mean
 from saltlib.metrics import precision_at_iou
 from saltlib.new_tiles import run_members
@@ -356,6 +356,25 @@ def test_what_a_finished_run_refuses_and_mends(project):
         file.unlink()
     assert "1 of 12 steps to run" in salt(project, "run", "demo", *SHORT).stdout
     assert "</html>" in page.read_text() and {k for k, t in records(project).items() if t != before[k]} == {"report"}
+
+
+def test_a_run_goes_on_if_nobody_reads_its_lines(tmp_path):
+    "As behind `| head -1`."
+    project = make_project(tmp_path / "project", n_sections=1)
+    with subprocess.Popen([*SALT, "run", "demo", "--until", "train", *SHORT], cwd=project, stdout=subprocess.PIPE) as run:
+        assert b"steps to run" in run.stdout.readline()
+        run.stdout.close()
+    assert sorted(Path(name).name for name in records(project)) == ["prepare", "train", "train"]
+
+
+def test_a_trainings_record_has_the_score_of_its_networks(finished):
+    project, _ = finished
+    train = load_tiles(project / "data/demo", "train")
+    folds = read_folds(project / "outputs/demo/prepare/folds.csv", train.ids)
+    for fold in (0, 1):
+        folder, valid = project / f"outputs/demo/round2/compact/fold{fold}/train", train[folds == fold]
+        probs = predict_mean(load_networks("compact", [folder / "weights/last.safetensors"]), valid.images, "compact", device="cpu")
+        assert read_record(folder)["metrics"]["mAP"] == pytest.approx(precision_at_iou(probs > 0.5, valid.masks).mean(), abs=0.005)
 
 
 def test_a_machine_without_network_hands_its_results_out_in_pieces(finished, tmp_path):

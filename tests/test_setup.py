@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, changes
+from conftest import ROOT, changes, git
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from saltlib.core import git_commit
 
 BIN = Path(sys.executable).parent
 SETUP_FILES = "settings.ini pyproject.toml requirements.lock environment.yml Dockerfile Makefile CITATION.cff .github/workflows/test.yml".split()
@@ -278,3 +280,11 @@ def test_ci_finds_the_data_beside_the_clone(clone, tmp_path):
     (tmp_path / "bin/make").chmod(0o755)
     ci = run("bash", clone / ".ci/run", cwd="/", PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     assert ci.stdout.splitlines()[-1] == f"= {tmp_path / 'shared/tgs'} in 1s ="
+
+
+def test_the_commit_says_whether_the_tree_differs(clone, monkeypatch):
+    monkeypatch.chdir(clone)
+    clean = git_commit()
+    assert re.fullmatch("[0-9a-f]{12,}", clean) and git(clone, "rev-parse", "HEAD").startswith(clean)
+    (clone / "README.md").write_text("changed")
+    assert git_commit() == clean + "+changes"

@@ -78,7 +78,9 @@ def test_labels_and_depths_as_in_the_competition(root, tiles):
     assert not any(mask.all() for _, mask in tiles.values())
     assert not any(mask.any() for image, mask in tiles.values() if image.max() == 0)
     assert all((image.min(), image.max()) == (0, 255) for image, _ in tiles.values() if image.max())
-    assert len({row["z"] for row in table(root / "depths.csv")}) <= 10  # 2 sections of 5 rows
+    z = {row["id"]: int(row["z"]) for row in table(root / "depths.csv")}
+    assert len(set(z.values())) <= 10  # 2 sections of 5 rows
+    assert {(pair["direction"], z[pair["second"]] - z[pair["first"]]) for pair in table(root / "neighbors.csv")} == {("down", 50), ("right", 0)}
 
 
 def test_as_much_salt_as_in_the_competition():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from saltlib.core import SaltError, read_torch
+from saltlib.core import SaltError, derive_seed, read_torch, set_seed
 from saltlib.data import Tiles
 from saltlib.losses import LOSSES
 from saltlib.synthetic import cut_tiles, make_section
@@ -57,13 +57,15 @@ def test_weights_that_an_epochs_last_step_spoils_are_not_kept(tiles, tmp_path, m
 
 
 def test_published_settings_reach_optimizer_and_network(tiles, tmp_path, monkeypatch):
-    "Each cosine cycle begins with a new optimizer; batch norms have the momentum that was set; draws make an epoch longer."
-    seen, before = [], EpochRate.before_epoch
+    "Each cosine cycle begins with a new optimizer; batch norms have the momentum that was set; draws make an epoch longer; each epoch draws anew."
+    seen, seeds, before = [], [], EpochRate.before_epoch
+    monkeypatch.setattr("saltlib.training.set_seed", lambda seed: seeds.append(seed) or set_seed(seed))
 
     def look(self):
         before(self)
         norm = next(m for m in self.model.modules() if isinstance(m, torch.nn.BatchNorm2d))
-        seen.append((self.epoch, len(self.opt.state_dict()["state"]) > 0, norm.momentum, len(list(self.dls.train.batch_sampler))))
+        sampler = self.dls.train.batch_sampler
+        seen.append((self.epoch, sampler.epoch, len(self.opt.state_dict()["state"]) > 0, norm.momentum, len(list(sampler))))
 
     monkeypatch.setattr(EpochRate, "before_epoch", look)
     fit_phase(
@@ -71,7 +73,8 @@ def test_published_settings_reach_optimizer_and_network(tiles, tmp_path, monkeyp
         seed=1, draws=3, batch_norm_momentum=0.01, optimizer={"name": "sgd", "momentum": 0.9, "weight_decay": 1e-4},
         schedule={"name": "cosine", "cycles": 2, "floor": 1e-4}, device="cpu",
     )
-    assert seen == [(0, False, 0.01, 6), (1, True, 0.01, 6), (2, False, 0.01, 6), (3, True, 0.01, 6)]
+    assert seen == [(0, 0, False, 0.01, 6), (1, 1, True, 0.01, 6), (2, 2, False, 0.01, 6), (3, 3, True, 0.01, 6)]
+    assert seeds == [1, *(derive_seed(1, "epoch", k) for k in range(4))]
 
 
 def test_a_damaged_snapshot_of_an_interrupted_training_is_not_used(tiles, tmp_path):
