@@ -17,7 +17,7 @@ demo: setup ## the whole way on synthetic sections, on a CPU: salt demo
 	@.venv/bin/salt demo
 
 test: setup ## all tests
-	@.venv/bin/python -m pytest -n 2 --dist load --maxschedchunk 1 --durations 10 -rs
+	@.venv/bin/python -m pytest -n 2 --dist load --maxschedchunk 1 --durations 10 -rfEs
 
 test-full: setup ## all three rounds of first_place, shortened, on two folds of synthetic data
 	@.venv/bin/python -m pytest -m full

@@ -171,7 +171,7 @@ def test_a_run_goes_on_where_its_tiles_are_now(run, project):
     shutil.copytree("data/new", "data/train_only", ignore=lambda folder, names: {"test"} if folder == "data/new" else set())  # where networks only learn
     run_recipe(recipe.model_copy(update={"data": "data/train_only"}), until="train")
     (step_folder(recipe, Step("prepare"), outputs) / "one.csv").unlink()  # it is done again, so the data are those of a new run
-    with pytest.raises(SaltError, match="data/none has 5 problems:(.|\n)*salt run --data names another folder"):
+    with pytest.raises(SaltError, match="data/none is missing.(.|\n)*salt run --data names another folder"):
         run_recipe(recipe.model_copy(update={"data": "data/none"}), until="train")
 
 
