@@ -162,7 +162,10 @@ class Phase(Strict):
             )
         if self.skip_easy and self.draws:
             raise ValueError("skip_easy leaves tiles out of an epoch and draws repeats them: leave one of the two out")
-        listed = {k for which in (self.weights, *self.fold_snapshots.values()) if not isinstance(which, str) for k in which}
+        lists = [which for which in (self.weights, *self.fold_snapshots.values()) if not isinstance(which, str)]
+        if any(len(set(which)) < len(which) for which in lists):
+            raise ValueError("weights or fold_snapshots names a snapshot twice: name each once")
+        listed = {k for which in lists for k in which}
         if listed and (self.schedule.name != "cosine" or not 0 <= min(listed) <= max(listed) < self.schedule.cycles):
             raise ValueError(
                 f"there is a snapshot for each cycle of the cosine schedule, counted from 0, and none for {sorted(listed)}: see weights and schedule"
