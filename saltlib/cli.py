@@ -13,7 +13,7 @@ from pathlib import Path
 from .core import SaltError, gpu_works, project_root, read_json, refuse_place, refuse_used, runs_folder, visible_gpus, write_atomic
 from .new_tiles import predict_folder
 from .recipes import read_recipe, read_run, recipe_folder, run_names
-from .running import SCORE_NOTE, execute_notebook, find_recipe, from_root, holder, is_run, load_recipe, run_recipe, run_step, status_rows
+from .running import SCORE_NOTE, execute_notebook, find_recipe, from_root, holder, is_run, load_recipe, round_scores, run_recipe, run_step, status_rows
 
 # %% ../nbs/20_cli.ipynb #b5f605ca
 def console():
@@ -46,15 +46,14 @@ def list_runs() -> None:
     found = []
     for name in run_names("outputs"):
         try:
-            rows = status_rows(read_run(Path("outputs") / name), Path("outputs"))
+            rows = status_rows(recipe := read_run(Path("outputs") / name), Path("outputs"))
             at_work = holder(Path("outputs") / name / ".lock")  # also between its steps, and while they wait for a cluster
         except (SaltError, OSError) as error:  # of another version, damaged, or somebody else's: that hides no other run
             found.append((name, "failed", " ".join(map(str.strip, str(error).splitlines()[:2]))))
             continue
         states = [state for _, state, _ in rows]
-        scores = [f"{step}: {figures}" for step, state, figures in rows if step.startswith("ensemble") and state == "done"]
         state = "running" if at_work else next(state for state in ("running", "failed", "missing", "outdated", "done") if state in states)
-        found.append((name, state, "; ".join([f"{states.count('done')} of {len(rows)} steps done", *scores[-1:]])))
+        found.append((name, state, "; ".join([f"{states.count('done')} of {len(rows)} steps done", *round_scores(recipe, rows)[-1:]])))
     print_states(found, ("run", "status", "steps and last score"), f"runs in outputs: {len(found)}")
 
 

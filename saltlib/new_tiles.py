@@ -72,19 +72,23 @@ def run_members(
     `SaltError` if one is not trained, its weights are damaged or what it learned from has changed since, or that stretch is not known yet."""
     recipe, outputs = read_run(models), models.absolute().parent
     name, last = list(recipe.rounds.items())[-1]
-    found = []
+    read, found = set(), []
     for k, (group_name, group) in enumerate(last.ensemble.items()):
-        ends = read_run_ends(step_folder(recipe, Step("ensemble", name), outputs))[k] if group.stretch else (0.0, 1.0)
+        ends = (0.0, 1.0)
+        if group.stretch:
+            read.add(ensemble := Step("ensemble", name))
+            ends = read_run_ends(step_folder(recipe, ensemble, outputs))[k]
         for member, weight in group.members.items():
             round, phase = full_name(name, member).split("/")
             settings = recipe.rounds[round].phases[phase]
             for fold in recipe.folds.use:
-                folder = step_folder(recipe, Step("train", round, phase, fold), outputs)
+                read.add(training := Step("train", round, phase, fold))
+                folder = step_folder(recipe, training, outputs)
                 if read_record(folder, True, "weights/") is None:
                     raise SaltError(f"{folder} holds no trained network: finish the run first (salt run {models}).")
-                refuse_outdated(recipe, [Step("train", round, phase, fold)], outputs)
                 ways = [(folder / file, model) for file in settings.files(fold) for model in settings.prediction_models]
                 found += [Member(file, model, group_name, weight / len(ways), ends) for file, model in ways]
+    refuse_outdated(recipe, read, outputs)
     return found
 
 

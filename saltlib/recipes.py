@@ -14,6 +14,7 @@ __all__ = ['Whole', 'Real', 'Name', 'PhaseName', 'Snapshots', 'ModelName', 'OPTI
 
 # %% ../nbs/14_recipes.ipynb #b36c8219
 import os, re
+from collections.abc import Collection
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -664,7 +665,7 @@ def reads_another(
 
 def refuse_outdated(
     recipe: Recipe,  # of a run
-    steps: list[Step],  # whose results are asked for
+    steps: Collection[Step],  # whose results are asked for
     outputs: str | Path,  # the project's outputs folder
 ) -> None:
     "`SaltError` if one of the steps, or one that it depends on at any remove, is finished but read something else than what is there now."
@@ -746,8 +747,8 @@ def check_settings(
                 f"{recipe.folds.file} is no longer the table by which {folder} dealt the tiles: put that one back, "
                 "or give this run a name of its own with --set name=...."
             )
-        if record:
-            then = record["arguments"]
+        if record:  # one of an earlier version may name more than now decides what comes of a step
+            then = {key: value for key, value in record["arguments"].items() if key in now}
         elif (folder / "checkpoint.pt").exists():  # of an interrupted training
             then = step_arguments(begun, step) if begun and step in recipe_steps(begun) else now
         else:

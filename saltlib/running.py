@@ -7,9 +7,9 @@ __all__ = ['SCORE_NOTE', 'FOLLOWS', 'for_papermill', 'check_parameters', 'say', 
            'holder', 'hold_gpu', 'run_step', 'Progress', 'signal_all', 'interrupt_all', 'watch', 'find_recipe',
            'in_outputs', 'is_run', 'from_root', 'load_recipe', 'is_cut_off', 'outdated_steps', 'steps_after',
            'next_pass', 'outdated_lines', 'steps_until', 'tile_tables', 'count_tiles', 'training_passes',
-           'measured_rates', 'expected_cost', 'notebook_error', 'training_progress', 'status_rows', 'find_profile',
-           'report_page', 'clear_outdated', 'snakemake_command', 'give_cache', 'make_progress', 'print_outcome',
-           'refuse_options', 'refuse_fold_file', 'refuse_start', 'run_passes', 'run_recipe']
+           'measured_rates', 'expected_cost', 'notebook_error', 'training_progress', 'status_rows', 'round_scores',
+           'find_profile', 'report_page', 'clear_outdated', 'snakemake_command', 'give_cache', 'make_progress',
+           'print_outcome', 'refuse_options', 'refuse_fold_file', 'refuse_start', 'run_passes', 'run_recipe']
 
 # %% ../nbs/18_running.ipynb #e3e2b213
 import contextlib, csv, fcntl, io, json, os, re, shutil, signal, socket, subprocess, sys, tempfile, time
@@ -53,12 +53,11 @@ def check_parameters(
 
 
 def say(
-    label: str,  # of a step
-    line: str,
+    *lines: str,
 ) -> None:
-    "Show a line in the terminal behind a label; in one piece, as other steps write there, too."
+    "Show lines in the terminal; in one piece, as other steps write there, too."
     try:
-        print(f"{label} | {line}\n", end="", flush=True)
+        print("".join(f"{line}\n" for line in lines), end="", flush=True)
     except BrokenPipeError:  # nobody reads it any more, as behind `| head`, which is no reason for a training to end
         sys.stdout = None
 
@@ -71,7 +70,7 @@ class LabelledLines(io.TextIOBase):
 
     def write(self, text: str) -> int:
         for line in text.splitlines():
-            say(self.label, line)
+            say(f"{self.label} | {line}")
         return len(text)
 
 
@@ -200,7 +199,7 @@ def run_step(
                     left.unlink()
             if kind == "train" and not (folder / "checkpoint.pt").exists():  # else snapshots of an earlier training would pass for this one's
                 shutil.rmtree(folder / "weights", ignore_errors=True)
-            say(str(step), "started")
+            say(f"{step} | started")
             execute_notebook(os.path.relpath(runs_folder() / f"{kind}.ipynb"), folder / f"{kind}.ipynb", {"recipe_file": recipe_file, **place}, str(step))
         if read_record(folder) is None:
             raise SaltError(f"{folder / kind}.ipynb ended without a record: its last cell must call step.finish.")
@@ -611,6 +610,8 @@ def status_rows(
             another = record and reads_another(recipe, step, outputs, record["inputs"])
         if record and (gone := [name for name in record["files"] if not (folder / name).exists()]):
             rows.append((str(step), "missing", f"{gone[0]} is gone: salt run makes it again"))
+        elif record and step.kind == "report" and is_cut_off(notebook):
+            rows.append((str(step), "missing", f"{notebook.name} is gone or cut off: salt run makes it again"))
         elif another:
             rows.append((str(step), "outdated", "what it read has changed since: salt run makes it again"))
         elif record:
@@ -624,6 +625,16 @@ def status_rows(
         else:
             rows.append((str(step), "missing", ""))
     return rows
+
+
+def round_scores(
+    recipe: Recipe,
+    rows: list[tuple[str, str, str]],  # of `status_rows`
+) -> list[str]:  # a line a round
+    "The scores of the ensembles that are done, but for those that follow from an outdated step."
+    steps = recipe_steps(recipe)
+    unsure = steps_after(recipe, [step for step, (_, state, _) in zip(steps, rows) if state == "outdated"])
+    return [f"{step}: {figures}" for step, (_, state, figures) in zip(steps, rows) if step.kind == "ensemble" and state == "done" and step not in unsure]
 
 # %% ../nbs/18_running.ipynb #b72d4e0a
 def find_profile(
@@ -722,17 +733,12 @@ def print_outcome(
     "How many steps are done, the ensembles' scores, and where the results are."
     rows, folder = status_rows(recipe, outputs), recipe_folder(recipe, outputs)
     done = sum(state == "done" for _, state, _ in rows)
-    print(f"{recipe.name}: {'all' if done == len(rows) else f'{done} of'} {len(rows)} steps are done")
+    say(f"{recipe.name}: {'all' if done == len(rows) else f'{done} of'} {len(rows)} steps are done")
     if outdated := sum(state == "outdated" for _, state, _ in rows):
-        print(f"outdated steps, which the same command without --until makes again: {outdated}")
-    for step, state, figures in rows:
-        if step.startswith("ensemble") and state == "done":
-            print(f"{step}: {figures}")
-    print(SCORE_NOTE)
-    print(f"executed notebooks: {folder}/**/*.ipynb")
+        say(f"outdated steps, which the same command without --until makes again: {outdated}")
+    say(*round_scores(recipe, rows), SCORE_NOTE, f"executed notebooks: {folder}/**/*.ipynb")
     if done == len(rows):
-        print(f"report:             {folder}/report/report.ipynb and {folder}/report/report.html")
-        print(f"submission:         {folder}/submission.csv")
+        say(f"report:             {folder}/report/report.ipynb and {folder}/report/report.html", f"submission:         {folder}/submission.csv")
 
 
 def refuse_options(
@@ -764,6 +770,7 @@ def refuse_fold_file(
 
 def refuse_start(
     recipe: Recipe,
+    wanted: list[Step],  # of `steps_until`
     outputs: Path,
     dry_run: bool,
 ) -> None:
@@ -772,17 +779,19 @@ def refuse_start(
     folder = recipe_folder(recipe, outputs)
     if not any((folder / part).exists() for part in ("recipe.yaml", "prepare")):
         refuse_used(folder, f"the run {recipe.name}", left=[".lock", ".snakemake"])
-    record = read_record(prepare := step_folder(recipe, Step("prepare"), outputs))
-    if record is None or changed_files(prepare, record):  # it is done again
+    record, begun = read_record(prepare := step_folder(recipe, Step("prepare"), outputs)), begun_recipe(recipe, outputs)
+    if record is None or (changed := changed_files(prepare, record)):  # it is done again
         if recipe.folds.file:
             refuse_fold_file(recipe)
         if tile_tables(recipe.data) or not dry_run:  # what a run would cost can be asked before there are data
             refuse_bad_data(recipe.data)  # said here at once, before any step begins
-    elif not (begun := begun_recipe(recipe, outputs)) or begun.data != recipe.data:
+    if record and not (begun and begun.data == recipe.data):
         from saltlib.steps import refuse_other_tiles  # loads what `salt status` can do without
 
         try:
-            refuse_other_tiles(recipe, outputs)
+            if (table := prepare / "tiles.csv") in changed:
+                raise SaltError(f"{table} is missing or damaged, by which it is told whether {recipe.data} has the tiles of this run.")
+            refuse_other_tiles(recipe, wanted, outputs)
         except SaltError as error:
             raise SaltError(f"{error}" + (f" It was begun with {begun.data}, with which salt run {folder} goes on." if begun else "")) from None
 
@@ -800,9 +809,9 @@ def run_passes(
     for _ in recipe_steps(recipe):  # at most: each pass gets a step done
         outdated, steps, perhaps_more = next_pass(recipe, wanted, outputs)
         if not quiet:
-            print(
+            say(
                 *outdated_lines(recipe, outdated, wanted, outputs),
-                f"{recipe.name}: {len(steps)} of {len(recipe_steps(recipe))} steps to run, results in {folder}/", sep="\n", flush=True,
+                f"{recipe.name}: {len(steps)} of {len(recipe_steps(recipe))} steps to run, results in {folder}/",
             )
         if steps and not tile_tables(recipe.data):
             raise SaltError(f"{recipe.data} has no tiles any more, which {steps[0]} reads. {how_to_mend(recipe.data)}")
@@ -834,7 +843,8 @@ def run_recipe(
     use_gpu = recipe.device != "cpu" and bool(cluster or gpus)
     refuse_options(cluster, gpus, cores, per_gpu)
     wanted = steps_until(recipe, until)
-    refuse_start(recipe, outputs, dry_run)
+    refuse_start(recipe, wanted, outputs, dry_run)
+    begun = begun_recipe(recipe, outputs)
     if dry_run:
         outdated = outdated_steps(recipe, outputs)
         steps = [step for step in outdated if step in wanted]
@@ -854,6 +864,8 @@ def run_recipe(
                 # Snakemake inherits the lock: as long as it works, also after this process was killed, no other run begins.
                 return watch(command, [lock.fileno()], make_progress(recipe, steps, outputs), quiet, verbose, 60 if cluster else 10)
 
+        if begun_recipe(recipe, outputs) != begun:  # by another command, since or while this one waited for it
+            refuse_start(recipe, wanted, outputs, dry_run)
         write_recipe(recipe, outputs)
         give_cache(folder)
         status = run_passes(recipe, wanted, outputs, until, quiet, carry_out)

@@ -211,11 +211,13 @@ def refuse_changed_tiles(
 
 def refuse_other_tiles(
     recipe: Recipe,  # of a run that was begun with another data folder
+    wanted: list[Step],  # that are to be done
     outputs: Path,
 ) -> None:
-    "`SaltError` if the data folder has no train tiles, or other tiles than those that the prepare step saw."
+    "`SaltError` if the data folder has other tiles than those that the prepare step saw, or lacks them. A machine that only trains may have no test tiles."
+    only_trains = all(step.kind == "prepare" or step.kind == "train" and not recipe.phase_of(step).pseudo for step in wanted)
     for split in ("train", "test"):
-        if split == "train" or any((Path(recipe.data) / name).exists() for name in ("test", "test.zip")):  # a machine that only trains has none
+        if split == "train" or not only_trains or any((Path(recipe.data) / name).exists() for name in ("test", "test.zip")):
             run_tiles(RunStep(recipe, Step("prepare"), outputs), split)
 
 # %% ../nbs/15_steps.ipynb #e51c0a01
@@ -533,7 +535,7 @@ def compare_folds(
             recipe = read_run(file.parent)
             folder = step_folder(recipe, Step("ensemble", recipe.last_round), step.outputs)
             if comparable := plain(recipe) == plain(step.recipe) and read_record(folder, verify=True, part="out_of_fold.csv"):
-                refuse_changed_tiles({"this run": step, recipe.name: RunStep(recipe, step.place, step.outputs)})
+                comparable = noted_tiles(RunStep(recipe, step.place, step.outputs)).equals(noted_tiles(step))
                 refuse_outdated(recipe, [Step("ensemble", recipe.last_round)], step.outputs)
         except SaltError:  # of another version, damaged or outdated, which is no matter of this run
             continue
@@ -571,7 +573,7 @@ def open_run(
     recipe = read_run(folder)
     run = RunStep(recipe, Step("ensemble", recipe.last_round), folder.parent)
     if read_record(run.folder, verify=True) is None:
-        raise SaltError(f"{folder} has no scores yet: finish it first with salt run {folder.name}.")
+        raise SaltError(f"{folder} has no scores yet: finish it first with salt run {folder}.")
     refuse_outdated(recipe, [run.place], folder.parent)
     return run
 

@@ -1,5 +1,6 @@
 """Damaged results, strangers' files, and two at once: what is broken is found and named, and nothing that is read is run."""
 
+import contextlib
 import html
 import json
 import os
@@ -24,12 +25,16 @@ from conftest import ROOT
 from test_clusters import SINGLE
 from test_runs import SALT, make_project, workers
 
+from saltlib import running
+from saltlib.cli import list_runs
 from saltlib.core import RunRecord, SaltError, read_record, write_atomic
 from saltlib.data import PredictionStore, load_tiles
 from saltlib.models import load_weights, save_weights
 from saltlib.new_tiles import run_members
-from saltlib.recipes import Step, input_checksums, parse_recipe, read_recipe, recipe_steps, step_arguments, step_folder, write_recipe
-from saltlib.running import execute_notebook, hold, outdated_lines, outdated_steps, run_recipe
+from saltlib.recipes import (
+    Step, check_settings, input_checksums, parse_recipe, read_recipe, recipe_folder, recipe_steps, step_arguments, step_folder, write_recipe,
+)
+from saltlib.running import execute_notebook, hold, outdated_lines, outdated_steps, run_recipe, status_rows
 from saltlib.steps import RunStep, note_tiles, open_run
 from saltlib.synthetic import make_dataset
 from saltlib.training import read_checkpoint
@@ -47,10 +52,10 @@ def flip(path, rng):
 RESULTS = ("one.csv", "two/three.bin", "weights/last.safetensors")
 
 
-def finish(recipe, step, outputs):
+def finish(recipe, step, outputs, *more):
     "As a run notebook does at its end."
     record = RunRecord(step_folder(recipe, step, outputs), step.kind, step_arguments(recipe, step))
-    record.finish({"mAP": time.time()}, ["one.csv", "two", "weights/last.safetensors"], input_checksums(recipe, step, outputs))
+    record.finish({"mAP": time.time()}, ["one.csv", "two", "weights/last.safetensors", *more], input_checksums(recipe, step, outputs))
 
 
 @pytest.fixture
@@ -149,12 +154,53 @@ def test_a_run_that_ends_early_does_not_call_the_outdated_done(run, project, cap
             read()
 
 
+def test_scores_of_networks_that_are_replaced_are_not_shown(run, project, capsys):
+    recipe, outputs = run
+    training, predicting = recipe_steps(recipe)[1:3]
+    run_recipe(recipe, until="train")
+    assert "ensemble round1: mAP" in capsys.readouterr().out
+    write_atomic(step_folder(recipe, training, outputs) / "weights/last.safetensors", "other weights")
+    finish(recipe, training, outputs)
+    run_recipe(recipe, until="train")
+    list_runs()
+    said = capsys.readouterr().out
+    assert "3 of 5 steps are done" in said and "3 of 5 steps done" in said and "ensemble round1: mAP" not in said
+
+
+def test_networks_are_not_stretched_as_others_were(run):
+    recipe, outputs = run
+    plain = recipe.model_dump(mode="json")
+    plain["rounds"]["round1"]["ensemble"] = {"compact": {"members": {"compact": 1}, "stretch": True}}
+    recipe = parse_recipe(plain, "single.yaml")
+    write_atomic(recipe_folder(recipe, outputs) / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json")))
+    _, training, predicting, ensemble, _ = recipe_steps(recipe)
+    write_atomic(step_folder(recipe, ensemble, outputs) / "ends.json", "[[[0, 0, 0.9], [null, 0.1, 0.8]]]")
+    finish(recipe, ensemble, outputs, "ends.json")
+    assert [member.ends for member in run_members(outputs / recipe.name)] == [(0.1, 0.8)]
+    for step in (training, predicting):
+        write_atomic(step_folder(recipe, step, outputs) / "weights/last.safetensors", "of another training")
+        finish(recipe, step, outputs)
+    with pytest.raises(SaltError, match="round1/ensemble is outdated"):
+        run_members(outputs / recipe.name)
+
+
 @pytest.mark.parametrize("damage", [lambda page: page.write_text("{"), Path.unlink])
 def test_a_report_that_is_cut_off_is_made_again(run, damage):
     recipe, outputs = run
     report = recipe_steps(recipe)[-1]
     damage(step_folder(recipe, report, outputs) / "report.ipynb")
     assert [*outdated_steps(recipe, outputs)] == [report]
+    assert status_rows(recipe, outputs)[-1] == ("report", "missing", "report.ipynb is gone or cut off: salt run makes it again")
+
+
+def test_settings_that_no_longer_count_are_no_change(run):
+    recipe, outputs = run
+    path = step_folder(recipe, recipe_steps(recipe)[1], outputs) / "record.json"
+    record = json.loads(path.read_text())
+    for setting in ({"data": "data"}, {"seed": 7}):  # of an earlier version, and one that counts
+        RunRecord(path.parent, record["step"], record["arguments"] | setting).finish({}, [*record["files"]], record["inputs"])
+        with pytest.raises(SaltError, match="seed was 7, is 0") if "seed" in setting else contextlib.nullcontext():
+            check_settings(recipe, outputs)
 
 
 def test_a_run_goes_on_where_its_tiles_are_now(run, project):
@@ -169,10 +215,41 @@ def test_a_run_goes_on_where_its_tiles_are_now(run, project):
             run_recipe(recipe.model_copy(update={"data": strange}), until="prepare")
     assert read_recipe(outputs / recipe.name / "recipe.yaml") == moved and outdated_steps(moved, outputs) == {}
     shutil.copytree("data/new", "data/train_only", ignore=lambda folder, names: {"test"} if folder == "data/new" else set())  # where networks only learn
-    run_recipe(recipe.model_copy(update={"data": "data/train_only"}), until="train")
+    only_trains = recipe.model_copy(update={"data": "data/train_only"})
+    with pytest.raises(SaltError, match="test.zip is missing"):
+        run_recipe(only_trains)
+    run_recipe(only_trains, until="train")
     (step_folder(recipe, Step("prepare"), outputs) / "one.csv").unlink()  # it is done again, so the data are those of a new run
     with pytest.raises(SaltError, match="data/none is missing.(.|\n)*salt run --data names another folder"):
         run_recipe(recipe.model_copy(update={"data": "data/none"}), until="train")
+    with pytest.raises(SaltError, match="tiles in data/other are not those that single began with"):  # not even now
+        run_recipe(recipe.model_copy(update={"data": "data/other"}), until="prepare")
+    write_atomic(step_folder(recipe, Step("prepare"), outputs) / "one.csv", "made again")
+    finish(recipe, Step("prepare"), outputs, "tiles.csv")
+    (step_folder(recipe, Step("prepare"), outputs) / "tiles.csv").unlink()
+    with pytest.raises(SaltError, match="tiles.csv is missing or damaged, by which it is told whether data/other has the tiles.* It was begun with data/"):
+        run_recipe(recipe.model_copy(update={"data": "data/other"}), until="prepare")
+
+
+def test_a_run_that_waited_looks_at_its_data_again(run, project, monkeypatch):
+    "Another command began the same run on other tiles meanwhile."
+    recipe, outputs = run
+    for folder, seed in (("data/first", 0), ("data/second", 1)):
+        make_dataset(folder, 1, seed)
+    prepare = step_folder(recipe, Step("prepare"), outputs)
+    shutil.move(prepare, "prepared")
+    shutil.rmtree(outputs / recipe.name)
+
+    def begun_meanwhile(path, *_):
+        shutil.copytree("prepared", prepare)
+        note_tiles(RunStep(recipe, Step("prepare"), outputs), **{split: load_tiles("data/first", split) for split in ("train", "test")})
+        write_recipe(recipe.model_copy(update={"data": "data/first"}), outputs)
+        return hold(path, "a run")
+
+    monkeypatch.setattr(running, "hold", begun_meanwhile)
+    with pytest.raises(SaltError, match="tiles in data/second are not those that single began with.*begun with data/first"):
+        run_recipe(recipe.model_copy(update={"data": "data/second"}), until="prepare")
+    assert read_recipe(outputs / recipe.name / "recipe.yaml").data == "data/first"
 
 
 def test_a_run_without_its_data_loses_nothing(run, project):
