@@ -109,7 +109,7 @@ class EpochSampler(Sampler):
         n: int,  # tiles in the data set
         batch_size: int,  # tiles
         seed: int,  # 0 .. 2**32 - 1
-        draws: int | None = None,  # tiles drawn an epoch, with replacement; None: each tile once
+        draws: int | None = None,  # an epoch draws so many times the tiles, with replacement; None: each tile once
         skip_easy: float = 0.0,  # 0..1, probability that an epoch leaves out an easy tile
     ):
         self.n, self.batch_size, self.seed, self.draws, self.skip_easy = n, batch_size, seed, draws, skip_easy
@@ -124,7 +124,7 @@ class EpochSampler(Sampler):
     ) -> None:
         "Choose the epoch and its tiles, before iterating."
         rng = np.random.default_rng(derive_seed(self.seed, "order", epoch))
-        rows = rng.integers(self.n, size=self.draws) if self.draws else rng.permutation(self.n)
+        rows = rng.integers(self.n, size=self.draws * self.n) if self.draws else rng.permutation(self.n)
         if self.skip_easy:
             kept = rows[~(self.easy[rows] & (rng.random(len(rows)) < self.skip_easy))]
             rows = kept if len(kept) > 1 else rows  # never an epoch without a batch

@@ -6,7 +6,7 @@
 __all__ = ['PACKAGED', 'PACKAGES', 'SaltError', 'project_root', 'runs_folder', 'writing', 'refuse_used', 'refuse_place',
            'write_atomic', 'read_json', 'read_torch', 'derive_seed', 'set_seed', 'visible_gpus', 'gpu_works',
            'pick_device', 'half_dtype', 'autocast', 'versions', 'git_commit', 'checksum', 'usable_cores',
-           'socket_folder', 'ahead', 'process_memory', 'peak_memory', 'seal', 'RunRecord', 'read_record',
+           'socket_folder', 'ahead', 'process_memory', 'peak_memory', 'seal', 'StepRecord', 'read_record',
            'changed_files', 'flat_settings', 'flat_differences']
 
 # %% ../nbs/00_core.ipynb #c9c673a4
@@ -315,7 +315,7 @@ def seal(
 
 
 @dataclass
-class RunRecord:
+class StepRecord:
     "What a step was asked to do and what came of it; `finish` writes it as the step's last act."
 
     folder: Path  # where the step works and its record.json lies

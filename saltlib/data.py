@@ -8,7 +8,7 @@ __all__ = ['ID', 'SIZE', 'LARGEST_FILE', 'CHUNK', 'refuse', 'find_rows', 'shown'
            'Tiles', 'how_to_mend', 'parse_depth', 'load_tiles', 'tile_checksums', 'load_images', 'as_masks',
            'encode_masks', 'rle_encode', 'rle_decode', 'write_rle_csv', 'read_rle_csv', 'check_ids', 'check_masks',
            'check_data', 'refuse_bad_data', 'is_black', 'unique_pixels', 'make_folds', 'group_numbers',
-           'coverage_strata', 'deal_groups', 'write_folds', 'read_folds', 'widen', 'PredictionStore']
+           'coverage_strata', 'deal_groups', 'write_folds', 'read_folds', 'PredictionStore']
 
 # %% ../nbs/01_data.ipynb #db61189d
 import contextlib, csv, hashlib, itertools, os, re, shlex, shutil, struct, zipfile, zlib
@@ -415,7 +415,7 @@ def encode_masks(
 def rle_encode(
     mask: np.ndarray,  # as in `as_masks`, [H,W]
 ) -> str:  # '' if there is no salt
-    "The run-length code of a mask."
+    "The run-length code of a mask. `SaltError` as `as_masks`."
     return encode_masks(np.asarray(mask)[None])[0]
 
 # %% ../nbs/01_data.ipynb #52426ed8
@@ -650,18 +650,6 @@ def read_folds(
 # %% ../nbs/01_data.ipynb #dd476ede
 CHUNK = 64  # tiles
 
-
-def widen(
-    halves: np.ndarray,  # float16, finite and not negative
-) -> np.ndarray:  # float32, the same numbers
-    """What `astype` does, in an eighth of its time: the bits go to their new places, and the product mends the exponent,
-    which counts from 15 in one and from 127 in the other."""
-    bits = halves.view(np.uint16).astype(np.uint32)
-    bits <<= 13
-    numbers = bits.view(np.float32)
-    numbers *= 2 ** (127 - 15)
-    return numbers
-
 # %% ../nbs/01_data.ipynb #9898e096
 class PredictionStore:
     "Probabilities by id, on disk, written chunk by chunk."
@@ -770,14 +758,17 @@ class PredictionStore:
         ids: np.ndarray | None = None,  # [n] str, in any order; None: all
     ) -> np.ndarray:  # float32 [n,size,size], 0..1
         "Predictions by id; needs the memory of what is asked for and one chunk. `SaltError` if an id is unknown or not yet predicted."
+        import torch  # casts from half precision in a tenth of NumPy's time
+
         rows = np.arange(len(self.ids)) if ids is None else find_rows(self._row_of, ids, str(self.path))
         if missing := np.count_nonzero(~self._flags[rows // CHUNK]):
             raise SaltError(f"{self.path} lacks the predictions of {missing} of {len(rows)} tiles: finish the step that writes it.")
         chunks = np.unique(rows // CHUNK).tolist()
         if len(chunks) == 1:  # without a copy more
-            return widen(self._chunk(chunks[0])[rows - chunks[0] * CHUNK])
-        halves = np.empty((len(rows), *self._probs.shape[1:]), np.float16)
-        for chunk in chunks:
-            here = np.flatnonzero(rows // CHUNK == chunk)
-            halves[here] = self._chunk(chunk)[rows[here] - chunk * CHUNK]
-        return widen(halves)
+            halves = self._chunk(chunks[0])[rows - chunks[0] * CHUNK]
+        else:
+            halves = np.empty((len(rows), *self._probs.shape[1:]), np.float16)
+            for chunk in chunks:
+                here = np.flatnonzero(rows // CHUNK == chunk)
+                halves[here] = self._chunk(chunk)[rows[here] - chunk * CHUNK]
+        return torch.from_numpy(halves).float().numpy()

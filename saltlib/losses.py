@@ -49,7 +49,7 @@ def bce_dice(
     probs: torch.Tensor,  # probability of salt [N,H,W] or [N,1,H,W]
     masks: torch.Tensor,  # bool or 0..1 (soft), same size
 ) -> torch.Tensor:  # scalar
-    "0.5 * binary cross entropy + 0.5 * (1 - Dice), from probabilities."
+    "0.5 * binary cross entropy + 0.5 * (1 - Dice), from probabilities. `SaltError` if the sizes differ."
     probs, masks = pixel_rows(probs, masks)
     with torch.autocast(probs.device.type, enabled=False):  # autocast refuses cross entropy of probabilities
         return 0.5 * F.binary_cross_entropy(probs.clamp(1e-7, 1 - 1e-7), masks) + 0.5 * dice_error(probs, masks)
@@ -59,7 +59,7 @@ def bce_dice_from_logits(
     logits: torch.Tensor,  # [N,H,W] or [N,1,H,W]
     masks: torch.Tensor,  # bool or 0..1 (soft), same size
 ) -> torch.Tensor:  # scalar
-    "`bce_dice` of the logits' sigmoid, stable for large logits."
+    "`bce_dice` of the logits' sigmoid, stable for large logits. `SaltError` if the sizes differ."
     logits, masks = pixel_rows(logits, masks)
     return 0.5 * F.binary_cross_entropy_with_logits(logits, masks) + 0.5 * dice_error(logits.sigmoid(), masks)
 
@@ -99,7 +99,7 @@ def three_output_loss(
     outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | torch.Tensor,
     masks: torch.Tensor,  # bool or 0/1, [N,H,W] or [N,1,H,W]
 ) -> torch.Tensor:  # scalar
-    "Lovász(final) + cross entropy(image branch) + Lovász(pixel branch, empty tiles skipped), all with relu."
+    "Lovász(final) + cross entropy(image branch) + Lovász(pixel branch, empty tiles skipped), all with relu. `SaltError` if the sizes differ."
     if isinstance(outputs, torch.Tensor):
         return lovasz_hinge(outputs, masks, "relu")
     final, pixel, image = outputs

@@ -42,7 +42,7 @@ def tile_iou(
     pred: np.ndarray,  # masks, bool [N,H,W]
     true: np.ndarray,  # masks, bool [N,H,W]
 ) -> np.ndarray:  # float [N], 0..1; 1 where both are empty
-    "Intersection over union of each tile."
+    "Intersection over union of each tile. `SaltError` as `comparable`."
     both, either = count_overlap(pred, true)
     return np.where(either == 0, 1.0, both / np.maximum(either, 1))
 
@@ -51,7 +51,7 @@ def precision_at_iou(
     pred: np.ndarray,  # masks, bool [N,H,W]
     true: np.ndarray,  # masks, bool [N,H,W]
 ) -> np.ndarray:  # float [N]: 0, 0.1 ... 1
-    "Each tile's share of the ten IoU thresholds that it passes."
+    "Each tile's share of the ten IoU thresholds that it passes. `SaltError` as `comparable`."
     both, either = count_overlap(pred, true)
     hits = (20 * both[:, None] > np.arange(10, 20) * either[:, None]).sum(axis=1)
     return np.where(either == 0, 1.0, hits / 10)
@@ -61,7 +61,7 @@ def mean_ap(
     pred: np.ndarray,  # masks, bool [N,H,W]
     true: np.ndarray,  # masks, bool [N,H,W]
 ) -> float:  # 0..1
-    "The competition's score. `SaltError` if there is no tile."
+    "The competition's score. `SaltError` if there is no tile, or as `comparable`."
     if len(pred) == 0:
         raise SaltError("There is no tile to score.")
     return float(precision_at_iou(pred, true).mean())
@@ -127,7 +127,7 @@ def threshold_curve(
     true: np.ndarray,  # masks, bool [N,H,W]
     thresholds: np.ndarray,  # float [T]
 ) -> np.ndarray:  # float [T]
-    "mAP of `probs > threshold` for each threshold."
+    "mAP of `probs > threshold` for each threshold. `SaltError` if there is no tile, or the sizes differ."
     return np.array([mean_ap(probs > threshold, true) for threshold in thresholds])
 
 # %% ../nbs/04_metrics.ipynb #57b91802
@@ -162,7 +162,7 @@ def error_table(
     pred: np.ndarray,  # masks, bool [N,H,W]
     true: np.ndarray,  # masks, bool [N,H,W]
 ) -> pd.DataFrame:  # a row a measure: value, low and high (95 % interval), n of what; NaN where there is nothing to measure
-    "What a model gets right and wrong, each figure with its bootstrap interval."
+    "What a model gets right and wrong, each figure with its bootstrap interval. `SaltError` as `comparable`."
     empty, (bodies, missed) = ~true.any(axis=(1, 2)), count_bodies(pred, true)
     distance = boundary_error(pred, true)
     measures = {

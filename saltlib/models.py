@@ -582,7 +582,8 @@ def prepare(
     images: torch.Tensor | np.ndarray,  # grey 0..255 [N,101,101]
     model_name: str,  # one of MODELS
 ) -> torch.Tensor:  # float32 [N,3,H,W], on the device of `images`
-    "Tiles as the network's input: resized, padded, scaled, with its three channels, which may be one piece of memory: clone it to write into it."
+    """Tiles as the network's input: resized, padded, scaled, with its three channels, which may be one piece of memory: clone it to write into it.
+    `SaltError` for an unknown network, or tiles of another size."""
     network = find_network(model_name)
     return network.channels(resize_and_pad(images, network))
 
@@ -591,7 +592,7 @@ def prepare_masks(
     masks: torch.Tensor | np.ndarray,  # bool or 0/1 [N,101,101]
     model_name: str,  # one of MODELS
 ) -> torch.Tensor:  # float32 0..1 [N,1,H,W], on the device of `masks`
-    "Masks as the network trains on them: resized and padded like its images."
+    "Masks as the network trains on them: resized and padded like its images. `SaltError` as `prepare`."
     network = find_network(model_name)
     return resize_and_pad(masks, network, threshold=not network.soft_masks)
 
@@ -613,7 +614,7 @@ def save_weights(
     network: nn.Module,
     path: str | Path,  # a .safetensors file; it is whole or not there
 ) -> None:
-    "Write all parameters and buffers of a network."
+    "Write all parameters and buffers of a network. `SaltError` if the disk is full or the place can't be written."
     write_atomic(path, safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}))
 
 

@@ -170,7 +170,8 @@ def predict_folder(
     out: str | Path,  # the table id,rle_mask to write
     device: str = "auto",  # 'auto', 'cpu' or 'cuda'
 ) -> None:
-    "Mask every tile of a folder. `SaltError` before work begins if the tiles, the networks or the place for the result are not in order."
+    """Mask every tile of a folder, by the networks alone, without mosaic rules. `SaltError` before work begins if the tiles, the networks or the place
+    for the result are not in order."""
     from saltlib.data import encode_masks, load_images, write_rle_csv
 
     out = Path(out)

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import RunRecord, SaltError, derive_seed, flat_settings, git_commit, pick_device, read_json, read_record, versions, write_atomic
+from .core import StepRecord, SaltError, derive_seed, flat_settings, git_commit, pick_device, read_json, read_record, versions, write_atomic
 from .data import SIZE, PredictionStore, Tiles, encode_masks, is_black, load_tiles, make_folds, read_folds, tile_checksums
 from .ensemble import Ensemble, Group, averaged_ahead, choose_pseudo_labels, decode_masks, in_pieces, read_ends, read_pseudo_labels, weighted_mean
 from .metrics import precision_at_iou, score
@@ -96,7 +96,7 @@ class RunStep:
 @dataclass
 class OpenStep(RunStep):
     "A step that is being carried out by a run notebook."
-    record: RunRecord
+    record: StepRecord
     inputs: dict[str, str]  # of `input_checksums`, as they were when it began
 
     def finish(
@@ -151,7 +151,7 @@ def open_step(
     inputs |= fold_file(recipe) if kind == "prepare" else {}
     if kind in ("train", "predict"):
         go_on_or_anew(folder, inputs)
-    return OpenStep(recipe, step, outputs, RunRecord(folder, kind, step_arguments(recipe, step), device=device), inputs)
+    return OpenStep(recipe, step, outputs, StepRecord(folder, kind, step_arguments(recipe, step), device=device), inputs)
 
 # %% ../nbs/15_steps.ipynb #8bc8d65b
 def read_table(

@@ -516,7 +516,7 @@ def fit_phase(
     epochs: int,  # with the cosine schedule: of each cycle
     batch_size: int,  # tiles
     lr: float,  # highest learning rate
-    seed: int,
+    seed: int,  # 0 .. 2**32 - 1
     optimizer: dict = {"name": "adamw"},  # one of OPTIMIZERS, with its settings
     schedule: dict = {"name": "one_cycle"},  # one of SCHEDULES, with its settings
     draws: int | None = None,  # an epoch draws so many times the tiles, with replacement; None: each tile once
@@ -524,7 +524,7 @@ def fit_phase(
     dropout: float | None = None,  # before the head; None: the network's own
     batch_norm_momentum: float | None = None,  # weight of a new batch, as torch counts it; None: the network's own
     clip: float | None = None,  # largest norm of the gradient
-    device: str = "auto",
+    device: str = "auto",  # 'auto', 'cpu' or 'cuda'
 ) -> pd.DataFrame:  # the history: epoch, train_loss, valid_loss, mAP, lr, tiles_per_second and, of that time, the share spent waiting for tiles, seconds
     """Train a network, going on from the last finished epoch if `folder` holds a checkpoint. `SaltError` if there are no tiles with masks, no such loss,
     augmentation, schedule, optimizer, weights or device, a setting of these is missing, the checkpoint is of other settings, or the loss becomes no number."""
@@ -540,7 +540,7 @@ def fit_phase(
     state = read_checkpoint(folder / "checkpoint.pt", settings, where)
     set_seed(seed)
     network = begin_network(model, start, dropout, batch_norm_momentum, where)
-    sampler = EpochSampler(len(train), batch_size, seed, draws and draws * len(train), skip_easy)
+    sampler = EpochSampler(len(train), batch_size, seed, draws, skip_easy)
     loaders = make_loaders(TileDataset(train.images, train.masks, AUGMENTATIONS[augment](), seed), sampler, TileDataset(valid.images, valid.masks), where)
     half = precision_callbacks(where)
     history = History(model, state["history"] if state else [])

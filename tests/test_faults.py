@@ -27,7 +27,7 @@ from test_runs import SALT, make_project, workers
 
 from saltlib import running
 from saltlib.cli import list_runs
-from saltlib.core import RunRecord, SaltError, read_record, write_atomic
+from saltlib.core import StepRecord, SaltError, read_record, write_atomic
 from saltlib.data import PredictionStore, load_tiles
 from saltlib.models import load_weights, save_weights
 from saltlib.new_tiles import run_members
@@ -54,7 +54,7 @@ RESULTS = ("one.csv", "two/three.bin", "weights/last.safetensors")
 
 def finish(recipe, step, outputs, *more):
     "As a run notebook does at its end."
-    record = RunRecord(step_folder(recipe, step, outputs), step.kind, step_arguments(recipe, step))
+    record = StepRecord(step_folder(recipe, step, outputs), step.kind, step_arguments(recipe, step))
     record.finish({"mAP": time.time()}, ["one.csv", "two", "weights/last.safetensors", *more], input_checksums(recipe, step, outputs))
 
 
@@ -198,7 +198,7 @@ def test_settings_that_no_longer_count_are_no_change(run):
     path = step_folder(recipe, recipe_steps(recipe)[1], outputs) / "record.json"
     record = json.loads(path.read_text())
     for setting in ({"data": "data"}, {"seed": 7}):  # of an earlier version, and one that counts
-        RunRecord(path.parent, record["step"], record["arguments"] | setting).finish({}, [*record["files"]], record["inputs"])
+        StepRecord(path.parent, record["step"], record["arguments"] | setting).finish({}, [*record["files"]], record["inputs"])
         with pytest.raises(SaltError, match="seed was 7, is 0") if "seed" in setting else contextlib.nullcontext():
             check_settings(recipe, outputs)
 

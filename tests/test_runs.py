@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from saltlib import running
 from saltlib.cli import main, show_status
-from saltlib.core import RunRecord, SaltError, checksum, gpu_works, read_record, seal
+from saltlib.core import StepRecord, SaltError, checksum, gpu_works, read_record, seal
 from saltlib.data import PredictionStore, load_tiles, read_folds, read_rle_csv, rle_decode
 from saltlib.inference import load_networks, predict_mean
 from saltlib.metrics import precision_at_iou
@@ -521,7 +521,7 @@ def test_a_step_has_its_threads_and_a_place_on_a_gpu(tmp_path, monkeypatch):
 
     def execute(notebook, output, parameters, label):
         seen.append(parameters | {"threads": os.environ["OMP_NUM_THREADS"], "gpu": os.environ["CUDA_VISIBLE_DEVICES"]})
-        RunRecord(output.parent, "train", {}).finish({}, [])
+        StepRecord(output.parent, "train", {}).finish({}, [])
 
     monkeypatch.setattr(running, "execute_notebook", execute)
     monkeypatch.setattr(running, "visible_gpus", lambda: ["0", "1"])

@@ -4,7 +4,7 @@
 # Call it in the project's folder, with .gpu-pack/ as `make gpu-pack` left it, as often as it takes. OUT gets all of outputs/
 # but the predictions, which any machine makes anew from the weights, in files of at most 16 MB. To go on elsewhere with
 # what they hold:  cat OUT/outputs.tar.* | tar --extract
-# Not for all rounds of a run with pseudo-labels: see the README, "A GPU without network".
+# Not for all rounds of a run with pseudo-labels: see nbs/other_machines.md, "A GPU without network".
 set -euo pipefail
 [ $# -ge 3 ] || { sed -n '2,7s/^# //p' "$0" >&2; exit 2; }
 out=$1 minutes=$2
