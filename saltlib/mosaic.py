@@ -7,8 +7,8 @@ __all__ = ['KEPT', 'BLOCK', 'PRODUCTS', 'LENGTH', 'STEP', 'LINES', 'SUMS', 'EXAM
            'CLEAR', 'FLOOR', 'AGREED', 'RIVAL', 'STRANGERS', 'ALONE', 'CLOSE', 'WASH', 'FRAME', 'NOTHING', 'unit',
            'ClosePairs', 'strips_by_numpy', 'strips_by_torch', 'close_pairs', 'distance', 'nearest_rival',
            'best_rivals', 'margin', 'published_sides', 'published_pairs', 'facing', 'standard_lines',
-           'learn_continuation', 'by_pieces', 'learned_sides', 'pair_similarity', 'learned_pairs', 'grow_grids',
-           'check_images', 'find_neighbors', 'assemble', 'mosaic_groups', 'mosaic_table', 'closest_known',
+           'learn_continuation', 'by_pieces', 'learned_sides', 'pair_similarity', 'measure_pairs', 'learned_pairs',
+           'grow_grids', 'check_images', 'find_neighbors', 'assemble', 'mosaic_groups', 'mosaic_table', 'closest_known',
            'edge_disagreement', 'draw_mosaic', 'write_mosaics']
 
 # %% ../nbs/03_mosaic.ipynb #fa10dbd5
@@ -280,19 +280,15 @@ def pair_similarity(
     return np.concatenate([np.zeros(0, np.float32), *pieces])
 
 
-def learned_pairs(
-    tiles: np.ndarray,  # [N,101,101]; the follower lies to the right
+def measure_pairs(
+    tiles: np.ndarray,  # [N,101,101], not all black; the follower lies to the right
     gpu: str | None = None,  # as in `close_pairs`
-) -> tuple[pd.DataFrame, tuple[np.ndarray, np.ndarray]]:  # first, second, evidence (above 0: neighbours, unless a grid gainsays it); sharp descriptors
-    "The closest pairs of different tiles, each with the evidence for it."
+) -> tuple[pd.DataFrame, float, tuple[np.ndarray, np.ndarray]]:  # first, second, each of `WEIGHTS`; what a side says about the next, in nats; sharp descriptors
+    "The closest pairs of different tiles, and what the default rule asks of them."
     visible = np.flatnonzero(~is_black(tiles))
-    if not len(visible):
-        return published_pairs(tiles, gpu)  # none
-    published = published_pairs(tiles, gpu)[0][["first", "second"]]  # first, so that its descriptors are not in memory beside the others
     if len(visible) > TEACHERS:
         visible = np.sort(np.random.default_rng(0).choice(visible, TEACHERS, replace=False))
     sides = learned_sides(tiles, continuation := learn_continuation(tiles[visible]))
-    unclear = max(CLEAR + 0.5 * np.log(1 - continuation[2] ** 2).sum(), 0)  # how much less than `CLEAR` a side says about the next
     pairs = close_pairs(*sides["sharp"], least=0.5, gpu=gpu)
     flat, line = (pair_similarity(sides[kind], pairs.first, pairs.second) for kind in ("flat", "line"))
     none = np.full(len(tiles), -1, np.float32)
@@ -304,10 +300,22 @@ def learned_pairs(
         "flat_margin": margin(flat, np.where(flat_rival > -1, flat_rival, flat)),  # without a close rival: nothing to be ahead of
         "line": distance(line),
     }
-    evidence = np.maximum(OFFSET - unclear / 2 + sum(weight * measures[name] for name, weight in WEIGHTS.items()), FLOOR)
-    table = pd.DataFrame({"first": pairs.first, "second": pairs.second, "evidence": evidence})
-    both_rules = table.merge(published, how="left", indicator=True)["_merge"] == "both"
-    return table.assign(evidence=evidence + AGREED * both_rules), sides["sharp"]
+    nats = float(-0.5 * np.log(1 - continuation[2] ** 2).sum())
+    return pd.DataFrame({"first": pairs.first, "second": pairs.second, **measures}), nats, sides["sharp"]
+
+
+def learned_pairs(
+    tiles: np.ndarray,  # [N,101,101]; the follower lies to the right
+    gpu: str | None = None,  # as in `close_pairs`
+) -> tuple[pd.DataFrame, tuple[np.ndarray, np.ndarray]]:  # first, second, evidence (above 0: neighbours, unless a grid gainsays it); sharp descriptors
+    "The closest pairs of different tiles, each with the evidence for it."
+    if is_black(tiles).all():
+        return published_pairs(tiles, gpu)  # none
+    published = published_pairs(tiles, gpu)[0][["first", "second"]]  # first, so that its descriptors are not in memory beside the others
+    pairs, nats, sides = measure_pairs(tiles, gpu)
+    evidence = np.maximum(OFFSET - max(CLEAR - nats, 0) / 2 + sum(weight * pairs[name] for name, weight in WEIGHTS.items()), FLOOR)
+    both_rules = pairs[["first", "second"]].merge(published, how="left", indicator=True)["_merge"] == "both"
+    return pairs[["first", "second"]].assign(evidence=evidence + AGREED * both_rules), sides
 
 # %% ../nbs/03_mosaic.ipynb #823b89b9
 STRANGERS = -4.0  # evidence of sides that come together and are not close, about ln 0.02: true neighbours sometimes aren't, across noise or salt
