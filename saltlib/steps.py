@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import StepRecord, SaltError, derive_seed, flat_settings, git_commit, pick_device, read_json, read_record, versions, write_atomic
+from .core import SaltError, StepRecord, derive_seed, flat_settings, git_commit, pick_device, read_json, read_record, versions, write_atomic
 from .data import SIZE, PredictionStore, Tiles, encode_masks, is_black, load_tiles, make_folds, read_folds, tile_checksums
 from .ensemble import Ensemble, Group, averaged_ahead, choose_pseudo_labels, decode_masks, in_pieces, read_ends, read_pseudo_labels, weighted_mean
 from .metrics import precision_at_iou, score

@@ -32,7 +32,7 @@ import PIL.Image
 import torch
 
 from saltlib.cli import make_parser, predict_settings
-from saltlib.core import StepRecord, SaltError, read_record
+from saltlib.core import SaltError, StepRecord, read_record
 from saltlib.data import ID, LARGEST_FILE, decode_png, open_split, parse_depth, read_by_id, read_folds, rle_decode, rle_encode
 from saltlib.ensemble import decode_masks, read_pseudo_labels
 from saltlib.models import load_weights

@@ -27,7 +27,7 @@ from test_runs import SALT, make_project, workers
 
 from saltlib import running
 from saltlib.cli import list_runs
-from saltlib.core import StepRecord, SaltError, read_record, write_atomic
+from saltlib.core import SaltError, StepRecord, read_record, write_atomic
 from saltlib.data import PredictionStore, load_tiles
 from saltlib.models import load_weights, save_weights
 from saltlib.new_tiles import run_members

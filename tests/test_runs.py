@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from saltlib import running
 from saltlib.cli import main, show_status
-from saltlib.core import StepRecord, SaltError, checksum, gpu_works, read_record, seal
+from saltlib.core import SaltError, StepRecord, checksum, gpu_works, read_record, seal
 from saltlib.data import PredictionStore, load_tiles, read_folds, read_rle_csv, rle_decode
 from saltlib.inference import load_networks, predict_mean
 from saltlib.metrics import precision_at_iou
