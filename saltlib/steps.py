@@ -534,12 +534,13 @@ def compare_folds(
         try:
             recipe = read_run(file.parent)
             folder = step_folder(recipe, Step("ensemble", recipe.last_round), step.outputs)
-            if comparable := plain(recipe) == plain(step.recipe) and read_record(folder, verify=True, part="out_of_fold.csv"):
-                comparable = noted_tiles(RunStep(recipe, step.place, step.outputs)).equals(noted_tiles(step))
-                refuse_outdated(recipe, [Step("ensemble", recipe.last_round)], step.outputs)
+            if plain(recipe) != plain(step.recipe) or not read_record(folder, verify=True, part="out_of_fold.csv"):
+                continue
+            refuse_outdated(recipe, [Step("ensemble", recipe.last_round)], step.outputs)
+            same_tiles = noted_tiles(RunStep(recipe, step.place, step.outputs)).equals(noted_tiles(step))
         except SaltError:  # of another version, damaged or outdated, which is no matter of this run
             continue
-        if comparable and (by := recipe.folds.file or recipe.folds.by) not in scores:
+        if same_tiles and (by := recipe.folds.file or recipe.folds.by) not in scores:
             scores[by] = read_table(folder / "out_of_fold.csv").set_index("id")["precision"]
     table = {f"folds by {by}": mean_row(scores[by]) for by in sorted(scores)}
     if len(scores) == 2 and len(difference := (scores["depth"] - scores["mosaic"]).dropna()):
