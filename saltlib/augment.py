@@ -111,9 +111,10 @@ class EpochSampler(Sampler):
         seed: int,  # 0 .. 2**32 - 1
         draws: int | None = None,  # an epoch draws so many times the tiles, with replacement; None: each tile once
         skip_easy: float = 0.0,  # 0..1, probability that an epoch leaves out an easy tile
+        easy: np.ndarray | None = None,  # bool [n], tiles that are easy from the start; None: none of them
     ):
         self.n, self.batch_size, self.seed, self.draws, self.skip_easy = n, batch_size, seed, draws, skip_easy
-        self.easy = np.zeros(n, bool)  # tiles that the network has right; the training keeps it up to date
+        self.easy = np.zeros(n, bool) if easy is None else easy.copy()  # tiles that the network has right; the training keeps it up to date
         self.set_epoch(0)
         if not len(self):
             raise SaltError(f"{n} tiles give no batch of {batch_size}: training needs 2 tiles or more.")

@@ -173,12 +173,12 @@ def network_row(
     plain: float,  # tiles a second, the plain way
     gflop: float,  # a tile's arithmetic
     roof: float,  # GFLOP/s, from `matmul_gflops`
-    measured: Measured,
+    *parts: Measured,  # of the work, one after the other
 ) -> dict:  # a row of the table
     "A row about a network's work."
     return {
         "work": work, "tiles": tiles, "tiles_per_second": speed, "plain": plain, "gflops": speed * gflop, "share": speed * gflop / roof,
-        "mib": measured.mib,
+        "mib": sum(part.mib for part in parts),
     }
 
 
@@ -196,11 +196,11 @@ def bench_prediction(
     predict_plainly(network, images[:1], model_name, device)  # the first call sets up what later ones use
     plain = measure(lambda: predict_plainly(network, images[:n_plain], model_name, device), device)
     ready = measure(lambda: Predictor(network, model_name, 18_000, device=str(device)), device)  # as for the competition's test tiles
-    ready.result.start(images[:32])()
+    first = measure(lambda: ready.result.start(images[:32])(), device)  # sets up what later batches use
     ours = measure(lambda: ready.result.start(images)(), device)
     speed = len(images) / ours.seconds
     return {
-        **network_row(f"predict {model_name}", len(images), speed, n_plain / plain.seconds, gflop, roof, ours),
+        **network_row(f"predict {model_name}", len(images), speed, n_plain / plain.seconds, gflop, roof, ready, first, ours),
         "by": "PyTorch" if ready.result.program is None else "OpenVINO", "ready": ready.seconds,
         "difference": float(np.abs(ours.result[:n_plain] - plain.result).mean()),
         "same_masks": float(((ours.result[:n_plain] > 0.5) == (plain.result > 0.5)).mean()),
@@ -238,7 +238,7 @@ def bench_around(
     members: int,  # predictions that are averaged
 ) -> list[dict]:  # rows of the table
     "The parts of a run that no network takes part in."
-    rows = []
+    rows, device = [], pick_device("auto")
 
     def add(work: str, measured: Measured, count: int) -> Any:
         rows.append({"work": work, "tiles": count, "tiles_per_second": count / measured.seconds, "mib": measured.mib})
@@ -263,7 +263,8 @@ def bench_around(
         add("encode masks (RLE)", measure(lambda: encode_masks(tiles.masks)), len(tiles))
         add("score masks", measure(lambda: precision_at_iou(probs > 0.5, tiles.masks)), len(tiles))
         add("write submission", measure(lambda: write_rle_csv(folder / "submission.csv", tables[None]["id"], tables[None]["rle_mask"])), len(tiles))
-        neighbors = add("find neighbours", measure(lambda: find_neighbors(tiles.images, gpu="cuda" if torch.cuda.is_available() else None)), len(tiles))
+        gpu = "cuda" if device.type == "cuda" else None
+        neighbors = add("find neighbours", measure(lambda: find_neighbors(tiles.images, gpu=gpu), device), len(tiles))
         mosaics = mosaic_table(assemble(neighbors, len(tiles)), tiles.ids)
         known = tiles[np.arange(len(tiles)) % 2 == 0]  # every second tile's mask
         add(
@@ -291,7 +292,14 @@ def run_bench(
     def done(*new: dict):
         rows.extend(new)
         for row in new:
-            tell(f"{row['work']}: {row['tiles_per_second']:.1f} tiles/s")
+            plain = f", the plain way {row['plain']:.2f}" if "plain" in row else ""
+            tell(f"{row['work']}: {row['tiles_per_second']:.1f} tiles/s{plain}")
+
+    def attempt(part: Callable, name: str, *settings):
+        try:
+            done(part(name, *settings, device, roof))
+        except torch.OutOfMemoryError:  # what is smaller can still be measured
+            tell(f"{part.__name__.replace('_', ' ')} of {name}: needs more memory than this GPU has")
 
     if scale:
         for times in (1, 4, 16):
@@ -300,10 +308,10 @@ def run_bench(
     else:
         for name, (n_plain, _) in NETWORKS.items():
             n_plain = 1 if quick else n_plain * (32 if on_gpu else 1)
-            done(bench_prediction(name, bench_tiles(n_plain * (1 if quick else 4)).images, n_plain, device, roof))
+            attempt(bench_prediction, name, bench_tiles(n_plain * (1 if quick else 4)).images, n_plain)
         for name in NETWORKS if on_gpu else ["compact"]:
             batch_size = NETWORKS[name][1]
-            done(bench_training(name, bench_tiles(batch_size if quick else 2048 if on_gpu else 256), batch_size, device, roof))
+            attempt(bench_training, name, bench_tiles(batch_size if quick else 2048 if on_gpu else 256), batch_size)
         done(*bench_around(bench_tiles(64 if quick else 4000), members=2 if quick else 10))
     machine = {
         "kind": device.type, "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(), "cores": usable_cores(),

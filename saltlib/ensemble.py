@@ -371,11 +371,10 @@ def tile_disagreement(
 
 def scores_by_disagreement(
     scores: pd.DataFrame,  # disagreement and precision of each tile
-    parts: int = 4,  # of equal size, by disagreement
-) -> tuple[pd.DataFrame, float]:  # a row a part: tiles, mean disagreement, mAP; rank correlation with the error (1 - precision), -1..1, NaN if one is constant
-    "How well disagreement foretells the error."
+) -> tuple[pd.DataFrame, float]:  # a row a quarter: tiles, mean disagreement, mAP; rank correlation, -1..1, NaN if one of both is constant
+    "How well disagreement foretells the error (1 - precision): quarters of the tiles by their disagreement, and the correlation of both."
     ranks = scores["disagreement"].rank(method="first")
-    part = np.ceil(parts * ranks / len(scores)).astype(int).rename("part")
+    part = np.ceil(4 * ranks / len(scores)).astype(int).rename("part")
     table = scores.groupby(part).agg(tiles=("precision", "size"), disagreement=("disagreement", "mean"), mAP=("precision", "mean"))
     constant = min(scores["disagreement"].nunique(), scores["precision"].nunique()) < 2
     return table, np.nan if constant else float(scores["disagreement"].rank().corr(1 - scores["precision"].rank()))

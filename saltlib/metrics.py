@@ -178,9 +178,9 @@ def error_table(
 # %% ../nbs/04_metrics.ipynb #79c53df9
 def calibration_curve(
     pieces: Iterable[tuple[np.ndarray, np.ndarray]],  # probabilities [n,H,W], 0..1, and masks, bool [n,H,W]
-    bins: int = 10,  # of equal width
-) -> pd.DataFrame:  # a row a bin: mean probability, share of salt (NaN in empty bins), pixels
+) -> pd.DataFrame:  # a row for each of ten bins of equal width: mean probability, share of salt (NaN in empty bins), pixels
     "How often pixels of each probability are salt; a large set may come in pieces."
+    bins = 10
     sums = np.zeros((3, bins))
     for probs, true in pieces:
         probs = np.asarray(probs, dtype=float).ravel()

@@ -49,7 +49,10 @@ def become_kernel(
         threadpool_limits(int(threads))
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(int(threads))
-    connection.send(str(os.getpid()).encode())
+    try:
+        connection.send(str(os.getpid()).encode())
+    except ConnectionError:  # whoever asked has waited too long and has started a kernel without us
+        os._exit(1)
     threading.Thread(target=end_with, args=[connection], daemon=True).start()
     sys.argv = ["ipykernel_launcher", *asked["arguments"]]
     runpy.run_module("ipykernel_launcher", run_name="__main__", alter_sys=True)
@@ -121,6 +124,9 @@ class ForkedKernel(psutil.Process):
             if self.is_running() and self.status() != psutil.STATUS_ZOMBIE:
                 return None
         return 1
+
+    def wait(self, timeout: float | None = None) -> int | None:  # psutil's would wait for ever for a kernel that nobody buries, in a container without an init
+        return self.poll() or super().wait(timeout)
 
 
 def fork_kernel(

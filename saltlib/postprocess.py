@@ -124,10 +124,9 @@ def rule_effects(
     chosen: tuple[str, ...],  # rules in use
 ) -> pd.DataFrame:  # a row a rule, and one for all in use: tiles changed, better, worse; change of the score with its 95 % interval
     "The effect of each rule on the out-of-fold score, masks withheld."
-    tried = {(name,): name for name in RULES} | ({chosen: " + ".join(chosen)} if chosen else {})
     scored = np.isin(folds, ensemble.folds)
     rows = []
-    for rules, name in tried.items():
+    for rules in dict.fromkeys([*zip(RULES), *filter(None, [chosen])]):
         given = straight_masks(withheld_sources(mosaics, train, folds, rules), train)
         targets = np.flatnonzero(scored & np.isin(train.ids, list(given)))
         before = ensemble.by_fold(train.ids[targets], folds[targets]) > 0.5
@@ -137,7 +136,7 @@ def rule_effects(
         changed = (before != after).any(axis=(1, 2)).sum()
         low, high = bootstrap_interval(change[scored])
         rows.append({
-            "rules": name, "in use": rules == chosen, "tiles": scored.sum(), "changed": changed, "better": (change > 0).sum(), "worse": (change < 0).sum(),
-            "change of mAP": change[scored].mean(), "low": low, "high": high,
+            "rules": " + ".join(rules), "in use": rules == chosen, "tiles": scored.sum(), "changed": changed,
+            "better": (change > 0).sum(), "worse": (change < 0).sum(), "change of mAP": change[scored].mean(), "low": low, "high": high,
         })
     return pd.DataFrame(rows)

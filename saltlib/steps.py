@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['BEGUN', 'RunStep', 'OpenStep', 'go_on_or_anew', 'open_step', 'read_table', 'note_tiles', 'noted_tiles', 'run_tiles',
            'refuse_changed_tiles', 'refuse_other_tiles', 'own_folds', 'step_folds', 'split_fold', 'pseudo_label_file',
-           'choose_for_phase', 'join_tiles', 'training_tiles', 'fit_settings', 'describe_training', 'best_and_worst',
-           'score_line', 'tiles_to_predict', 'print_tenths', 'round_ensemble', 'correct_by_mosaics', 'next_learners',
-           'count_choices', 'choice_lines', 'confidences_asked', 'run_records', 'score_table', 'mean_row',
-           'scores_by_place', 'compare_folds', 'run_histories', 'open_run', 'open_runs', 'different_settings',
-           'tile_scores', 'contaminated_scores', 'compare_scores', 'most_changed', 'read_out_of_fold',
-           'read_predictions', 'check_same_tiles', 'blend_scores', 'blend_lines', 'blend_masks']
+           'choose_for_phase', 'join_tiles', 'training_tiles', 'have_pseudo_labels', 'fit_settings',
+           'describe_training', 'best_and_worst', 'score_line', 'tiles_to_predict', 'print_tenths', 'round_ensemble',
+           'correct_by_mosaics', 'next_learners', 'count_choices', 'choice_lines', 'confidences_asked', 'run_records',
+           'score_table', 'mean_row', 'scores_by_place', 'compare_folds', 'run_histories', 'open_run', 'open_runs',
+           'different_settings', 'tile_scores', 'contaminated_scores', 'compare_scores', 'most_changed',
+           'read_out_of_fold', 'read_predictions', 'check_same_tiles', 'blend_scores', 'blend_lines', 'blend_masks']
 
 # %% ../nbs/15_steps.ipynb #c81d0f24
 import json, shutil, time
@@ -320,6 +320,15 @@ def training_tiles(
         )
     return train, valid
 
+
+def have_pseudo_labels(
+    step: OpenStep,  # 'train'
+    tiles: Tiles,  # those it learns from
+) -> np.ndarray:  # bool [N]
+    "Which tiles have their masks from the networks of the round before?"
+    known = read_table(step.folder_of("prepare") / "folds.csv")["id"]
+    return np.isin(tiles.ids, known, invert=True) & step.phase.pseudo
+
 # %% ../nbs/15_steps.ipynb #e51c0a06
 def fit_settings(
     step: OpenStep,  # 'train'
@@ -349,8 +358,7 @@ def describe_training(
     start = settings["start"] if isinstance(settings["start"], str) else settings["start"].relative_to(step.outputs)
     data = "synthetic" if step.phase.synthetic else step.phase.data + (f", train {step.phase.repeat_train} times" if step.phase.repeat_train > 1 else "")
     if step.phase.pseudo:
-        known = read_table(step.folder_of("prepare") / "folds.csv")["id"]
-        data += f", {np.isin(train.ids, known, invert=True).sum()} with pseudo-labels"
+        data += f", {have_pseudo_labels(step, train).sum()} with pseudo-labels"
     topics = {
         "step": f"{step.recipe.name}: {step.place}",
         "network": f"{settings['model']} from {start}",
@@ -373,12 +381,11 @@ def describe_training(
 def best_and_worst(
     masks: np.ndarray,  # bool [N,101,101]
     precision: np.ndarray,  # float [N]
-    worst: int = 12,  # tiles
-) -> tuple[np.ndarray, np.ndarray]:  # rows of the best and the median tile of those with salt, if there are any; rows of the worst ones of all, the worst first
+) -> tuple[np.ndarray, np.ndarray]:  # rows of the best and the median tile of those with salt, if there are any; rows of the 12 worst of all, the worst first
     "Which tiles show how good predictions are."
     ranked = precision.argsort(kind="stable")
     salty = ranked[masks[ranked].any(axis=(1, 2))]
-    return salty[[-1, (len(salty) - 1) // 2]][: len(salty)] if len(salty) else salty, ranked[:worst]
+    return salty[[-1, (len(salty) - 1) // 2]][: len(salty)] if len(salty) else salty, ranked[:12]
 
 
 def score_line(
@@ -637,11 +644,10 @@ def compare_scores(
 
 def most_changed(
     scores: pd.DataFrame,  # of `tile_scores`
-    n: int = 6,  # tiles
-) -> pd.DataFrame:  # at most n rows of the scores with their change from the first run to the last one; largest changes first
+) -> pd.DataFrame:  # at most six rows of the scores with their change from the first run to the last one; largest changes first
     "The tiles whose score changed most."
     change = (scores.iloc[:, -1] - scores.iloc[:, 0]).rename("change")
-    largest = change[change.abs() > 0].sort_values(key=lambda c: -c.abs(), kind="stable").index[:n]
+    largest = change[change.abs() > 0].sort_values(key=lambda c: -c.abs(), kind="stable").index[:6]
     return scores.join(change).loc[largest]
 
 # %% ../nbs/15_steps.ipynb #bfc20cbe

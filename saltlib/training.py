@@ -521,6 +521,7 @@ def fit_phase(
     schedule: dict = {"name": "one_cycle"},  # one of SCHEDULES, with its settings
     draws: int | None = None,  # an epoch draws so many times the tiles, with replacement; None: each tile once
     skip_easy: float = 0.0,  # 0..1, probability that an epoch leaves out a tile that was right when last seen
+    easy: np.ndarray | None = None,  # bool [N], tiles that count as right until they are seen; None: none of them
     dropout: float | None = None,  # before the head; None: the network's own
     batch_norm_momentum: float | None = None,  # weight of a new batch, as torch counts it; None: the network's own
     clip: float | None = None,  # largest norm of the gradient
@@ -540,7 +541,7 @@ def fit_phase(
     state = read_checkpoint(folder / "checkpoint.pt", settings, where)
     set_seed(seed)
     network = begin_network(model, start, dropout, batch_norm_momentum, where)
-    sampler = EpochSampler(len(train), batch_size, seed, draws, skip_easy)
+    sampler = EpochSampler(len(train), batch_size, seed, draws, skip_easy, easy)
     loaders = make_loaders(TileDataset(train.images, train.masks, AUGMENTATIONS[augment](), seed), sampler, TileDataset(valid.images, valid.masks), where)
     half = precision_callbacks(where)
     history = History(model, state["history"] if state else [])

@@ -131,8 +131,8 @@ def test_calibration_by_definition():
     rng = np.random.default_rng(0)
     probs, true = rng.random((6, 5, 5)), rng.random((6, 5, 5)) < 0.3
     probs[0] = 1.0  # belongs to the last bin
-    curve = calibration_curve([(probs[:2], true[:2]), (probs[2:], true[2:])], bins=4)
-    bins = [(probs >= k / 4) & ((probs < (k + 1) / 4) | (k == 3)) for k in range(4)]
+    curve = calibration_curve([(probs[:2], true[:2]), (probs[2:], true[2:])])
+    bins = [(probs >= k / 10) & ((probs < (k + 1) / 10) | (k == 9)) for k in range(10)]
     assert curve["pixels"].tolist() == [b.sum() for b in bins]
     assert np.allclose(curve["probability"], [probs[b].mean() for b in bins]) and np.allclose(curve["salt"], [true[b].mean() for b in bins])
     assert calibration_error(curve) == pytest.approx(sum(abs(probs[b].mean() - true[b].mean()) * b.mean() for b in bins))
