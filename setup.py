@@ -12,11 +12,11 @@ class BuildWithRuns(build_py):
     "A wheel brings the run notebooks and recipes along, so that `salt` works outside a checkout."
 
     def run(self):
-        if not self.editable_mode:
-            shutil.rmtree(self.build_lib, ignore_errors=True)  # files that an earlier build put there would go along
+        if self.editable_mode:
+            return super().run()
+        shutil.rmtree(self.build_lib, ignore_errors=True)  # files that an earlier build put there would go along
         super().run()
-        if not self.editable_mode:
-            shutil.copytree("nbs/runs", Path(self.build_lib, "saltlib/runs"), dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+        shutil.copytree("nbs/runs", Path(self.build_lib, "saltlib/runs"), ignore=shutil.ignore_patterns(".*"))
 
 
 config = ConfigParser(delimiters=["="])

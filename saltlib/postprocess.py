@@ -126,7 +126,7 @@ def rule_effects(
     "The effect of each rule on the out-of-fold score, masks withheld."
     scored = np.isin(folds, ensemble.folds)
     rows = []
-    for rules in dict.fromkeys([*zip(RULES), *filter(None, [chosen])]):
+    for rules in [(name,) for name in RULES] + ([chosen] if len(chosen) > 1 else []):
         given = straight_masks(withheld_sources(mosaics, train, folds, rules), train)
         targets = np.flatnonzero(scored & np.isin(train.ids, list(given)))
         before = ensemble.by_fold(train.ids[targets], folds[targets]) > 0.5
