@@ -16,7 +16,7 @@ setup: .venv/.installed ## the environment in .venv/ (demo, test and lab do this
 demo: setup ## the whole way on synthetic sections, on a CPU: salt demo
 	@.venv/bin/salt demo
 
-test: setup ## all tests
+test: setup ## all tests but the long ones below
 	@.venv/bin/python -m pytest -n 2 --dist load --maxschedchunk 1 --durations 10 -rfEs
 
 test-full: setup ## all three rounds of first_place, shortened, on two folds of synthetic data

@@ -133,7 +133,7 @@ class EpochSampler(Sampler):
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.rows), self.batch_size)
-        return full + (rest > 1)  # batch norm cannot learn from a single tile
+        return full + (rest > 1)  # a single tile says too little about the statistics of batch norm
 
     def __iter__(self):
         keys = [(self.epoch, draw, row) for draw, row in enumerate(self.rows)]

@@ -8,7 +8,7 @@ __all__ = ['NETWORKS', 'Measured', 'measure', 'matmul_gflops', 'forward_gflop', 
            'bench_around', 'run_bench', 'bench_table']
 
 # %% ../nbs/16_bench.ipynb #c076e76f
-import io, platform, tempfile, time
+import gc, io, platform, tempfile, time
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
@@ -227,8 +227,9 @@ def bench_training(
         }
         ours = measure(lambda: fit_phase(tiles, tiles[:8], folder, epochs=2, **settings), device)
     last = ours.result.iloc[-1]  # the first epoch sets up what the second uses
+    learned = len(tiles) // batch_size * batch_size  # the plain way leaves out a smaller batch
     return {
-        **network_row(f"train {model_name}", len(tiles), float(last["tiles_per_second"]), len(tiles) / plain.seconds, gflop, roof, ours),
+        **network_row(f"train {model_name}", len(tiles), float(last["tiles_per_second"]), learned / plain.seconds, gflop, roof, ours),
         "waiting": float(last["waiting"]),
     }
 
@@ -299,6 +300,7 @@ def run_bench(
         try:
             done(part(name, *settings, device, roof))
         except torch.OutOfMemoryError:  # what is smaller can still be measured
+            gc.collect()  # fastai's Learner holds itself, and with it what filled the memory
             tell(f"{part.__name__.replace('_', ' ')} of {name}: needs more memory than this GPU has")
 
     if scale:

@@ -127,7 +127,7 @@ def blend_runs(
     "Average finished runs. `SaltError` before work begins if a run is not finished, a weight is none, the folder is in use, or the runs' tiles differ."
     from saltlib.steps import check_same_tiles, open_runs
 
-    refuse_used(Path(out), "the mean of the runs", left=["blend.ipynb"])  # alone, it tells why a blend failed
+    refuse_used(Path(out), "name another folder for the mean of the runs", left=["blend.ipynb"])  # alone, it tells why a blend failed
     names, weights = zip(*map(name_and_weight, given))
     root = project_root()
     runs = open_runs(list(names), root / "outputs")

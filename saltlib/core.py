@@ -62,14 +62,14 @@ def writing(
 
 def refuse_used(
     folder: Path,
-    what: str,  # that is to be written there
+    instead: str,  # what to do: 'name another ...'
     left: Collection[str] = (),  # files that may lie there
 ) -> None:
     "`SaltError` if the folder holds anything else, or is a file."
     if folder.exists() and (not folder.is_dir() or {file.name for file in folder.iterdir()} - {*left}):
         if (folder / "recipe.yaml").exists():
-            raise SaltError(f"{folder} is a run: name another folder for {what}.")
-        raise SaltError(f"{folder} is there already and not empty: delete it or name another folder for {what}.")
+            raise SaltError(f"{folder} is a run: {instead}.")
+        raise SaltError(f"{folder} is there already and not empty: delete it or {instead}.")
 
 
 def refuse_place(
@@ -346,7 +346,7 @@ class StepRecord:
 def read_record(
     folder: str | Path,  # a step's folder
     verify: bool = False,  # read every result again and compare its checksum
-    part: str = "",  # only those whose names begin so
+    part: str | tuple[str, ...] = "",  # only those whose names begin so, or with one of these
 ) -> dict | None:  # the record, None if the step is not done
     "The record of a finished step. `SaltError` if the record is damaged or, with `verify`, a result is missing or changed."
     path = Path(folder) / "record.json"
@@ -363,7 +363,7 @@ def read_record(
 def changed_files(
     folder: str | Path,  # a step's folder
     record: dict,  # of `read_record`
-    part: str = "",  # only those whose names begin so
+    part: str | tuple[str, ...] = "",  # only those whose names begin so, or with one of these
 ) -> list[Path]:
     "The results of a step that are missing or no longer what it wrote."
     files = {Path(folder) / name: expected for name, expected in record["files"].items() if name.startswith(part)}

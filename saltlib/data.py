@@ -40,7 +40,7 @@ def find_rows(
 ) -> np.ndarray:  # [n] positions of `wanted` in `ids`
     "Row numbers by id. `SaltError` naming the ids that are not there."
     row_of = ids if isinstance(ids, dict) else {id: row for row, id in enumerate(np.asarray(ids).tolist())}
-    wanted = np.asarray(wanted).tolist()
+    wanted = wanted.tolist() if isinstance(wanted, np.ndarray) else list(wanted)
     if unknown := [id for id in wanted if id not in row_of]:
         raise SaltError(f"{place} lacks {len(unknown)} of {len(wanted)} tiles, among them {', '.join(map(shown, unknown[:5]))}: use ids of the same data.")
     return np.array([row_of[id] for id in wanted], dtype=int)
@@ -63,7 +63,7 @@ def read_by_id(
 ) -> tuple[dict[str, str], list[str]]:  # id -> cell, problems (the rows they are about are left out)
     "One column of a CSV by id, and everything that is wrong with the file. Does not raise."
     path, values, problems = Path(path), {}, []
-    if path.exists() and not path.is_file():  # a FIFO would be read for ever
+    if os.path.exists(path) and not os.path.isfile(path):  # a FIFO would be read for ever; Path.exists raises in a folder that may not be read
         return {}, [f"{path.name} is no file."]
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -188,12 +188,12 @@ def folder_files(
 ) -> TileFiles:
     "The tiles of a folder."
     files = TileFiles(place)
-    if not Path(folder).is_dir():
-        files.problems.append(f"{place} is {'no folder' if Path(folder).exists() else 'missing'}.")
+    if not os.path.isdir(folder):
+        files.problems.append(f"{place} is {'no folder' if os.path.exists(folder) else 'missing'}.")
         return files
     try:
         for path in sorted(Path(folder).iterdir()):
-            if path.is_symlink() and not path.exists():
+            if path.is_symlink() and not path.exists() and not path.name.startswith("."):  # hidden ones are some editors' locks
                 files.problems.append(f"{place}/{path.name} is a link to nothing.")
                 continue
             files.add(path.name if path.is_file() else path.name + "/", path)  # a FIFO of that name would be read for ever
@@ -240,11 +240,11 @@ def open_split(
     if split not in ("train", "test"):
         raise SaltError(f"There is no split {split!r}: use 'train' or 'test'.")
     kinds, folder, zipped = ("images", "masks")[: 1 + (split == "train")], Path(root) / split, Path(root) / f"{split}.zip"
-    if folder.exists() and zipped.exists():
+    if os.path.exists(folder) and os.path.exists(zipped):
         raise SaltError(f"{split}.zip and {split}/ are both there, and may differ: remove one.")
-    if not folder.exists() and not zipped.exists():
+    if not os.path.exists(folder) and not os.path.exists(zipped):
         raise SaltError(f"{split}.zip is missing, and so is {split}/.")
-    if folder.exists():
+    if os.path.exists(folder):
         yield {kind: folder_files(folder / kind, f"{split}/{kind}") for kind in kinds}
         return
     try:
@@ -322,7 +322,7 @@ def how_to_mend(
     root: str | Path,  # data folder with problems
 ) -> str:
     "What to do about a data folder that is refused."
-    if not (Path(root) / "train.csv").exists():
+    if not os.path.exists(Path(root) / "train.csv"):
         return "README tells under 'With your Kaggle data' how to get them, salt demo writes synthetic ones to data/demo; salt run --data names another folder."
     return f"Mend or fetch these files again; salt check-data {shlex.quote(str(root))} lists everything that is wrong."
 
@@ -375,7 +375,7 @@ def load_images(
     folder: str | Path,  # holds ID.png files
 ) -> tuple[np.ndarray, np.ndarray]:  # ids [N], sorted; images uint8 [N,101,101]
     "The tiles of a plain folder. `SaltError` naming the files if one is unreadable or there is none."
-    files = folder_files(folder, str(Path(folder).name))
+    files = folder_files(folder, Path(folder).resolve().name)  # of '.', too
     ids, problems = sorted(files.entries), list(files.problems)
     images = stack_tiles(files, ids, problems)
     refuse(problems, folder, "Name the folder that holds the tiles, and take out of it what is none.")
@@ -501,8 +501,8 @@ def check_data(
     root: str | Path,  # data folder
 ) -> list[str]:  # sentences, each naming its file or id; empty if all is well
     "Everything that is wrong with a data folder. Does not raise."
-    if not Path(root).is_dir():
-        return [f"{root} is {'no folder' if Path(root).exists() else 'missing'}."]
+    if not os.path.isdir(root):
+        return [f"{root} is {'no folder' if os.path.exists(root) else 'missing'}."]
     problems, columns = [], {"depths.csv": "z", "train.csv": "rle_mask", "sample_submission.csv": "rle_mask"}
     tables, listed = {}, {}
     for name, column in columns.items():
@@ -724,11 +724,6 @@ class PredictionStore:
                 f"{self.path} is damaged in the predictions of rows {k * CHUNK} to {(k + 1) * CHUNK} ({error}): delete it and predict again."
             ) from None
 
-    @property
-    def complete(self) -> bool:
-        "Is every chunk written?"
-        return bool(self._flags.all())
-
     def pending(self) -> list[slice]:
         "The rows of each chunk that is not yet written."
         return [slice(k * CHUNK, min((k + 1) * CHUNK, len(self.ids))) for k in np.flatnonzero(~self._flags).tolist()]
@@ -757,7 +752,7 @@ class PredictionStore:
         self,
         ids: np.ndarray | None = None,  # [n] str, in any order; None: all
     ) -> np.ndarray:  # float32 [n,size,size], 0..1
-        "Predictions by id; needs the memory of what is asked for and one chunk. `SaltError` if an id is unknown or not yet predicted."
+        "Predictions by id; needs one and a half times the memory of what is asked for, and a chunk. `SaltError` if an id is unknown or not yet predicted."
         import torch  # casts from half precision in a tenth of NumPy's time
 
         rows = np.arange(len(self.ids)) if ids is None else find_rows(self._row_of, ids, str(self.path))

@@ -353,9 +353,11 @@ def disagreement(
     fold: int,
     ids: np.ndarray,  # train tiles of this fold
 ) -> np.ndarray:  # [n,101,101], 0..0.5; 0 where there is one member
-    "Standard deviation between the members, out of fold; each counts the same."
+    "Standard deviation between the members, out of fold; each counts the same, and none has a say on black tiles."
     members = [stretch(store.read(ids), *ends[fold]) for group, ends in zip(ensemble.groups, ensemble.ends) for store, _ in group.members[fold]]
-    return np.std(members, axis=0)
+    spread = np.std(members, axis=0)
+    spread[np.isin(ids, list(ensemble.black))] = 0  # whatever members say of black tiles, the ensemble says: no salt
+    return spread
 
 
 def tile_disagreement(

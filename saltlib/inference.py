@@ -8,7 +8,7 @@ __all__ = ['WORTH_IT', 'RECORDINGS', 'import_openvino', 'EncoderPart', 'DecoderP
            'load_networks', 'predict_mean', 'predict_to_store']
 
 # %% ../nbs/10_inference.ipynb #5d4e4ecc
-import operator, sys, warnings, weakref
+import gc, operator, sys, warnings, weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -199,6 +199,7 @@ class Recording:
         batch: torch.Tensor,  # on a GPU, one like those to come
     ):
         self.given, self.graph = batch.clone(), torch.cuda.CUDAGraph()
+        gc.collect()  # an earlier recording that was freed while this one is made would spoil it
         memory = next((other.graph.pool() for other in RECORDINGS if other.given.device == batch.device), None)
         with torch.cuda.device(batch.device), torch.cuda.graph(self.graph, pool=memory):
             self.result = function(self.given)

@@ -389,6 +389,8 @@ def find_neighbors(
     "Neighbouring tiles, at most one on each side and no two tiles in one place. `SaltError` for other shapes, NaN, or an unknown method."
     images = np.asarray(images)
     check_images(images)
+    if images.dtype.kind == "f":  # amplitudes have any unit
+        images = images / (np.abs(images).max() or 1)
     if method not in ("default", "published"):
         raise SaltError(f"There is no method {method!r} to find neighbours: choose 'default' or 'published'.")
     rule = published_pairs if method == "published" else learned_pairs
@@ -525,14 +527,12 @@ def write_mosaics(
     out: str | Path,  # folder to fill; it may exist if it is empty
     gpu: str | None = None,  # as in `find_neighbors`
 ) -> list[np.ndarray]:  # the grids: row numbers of train and test tiles together, train first
-    """Write pairs.csv, mosaic_0000.csv, mosaic_0000.png ... `SaltError` before work begins if the data are not in order or the folder is in use,
-    and at its end if the folder has got other files meanwhile."""
+    "Write pairs.csv, mosaic_0000.csv, mosaic_0000.png ... `SaltError` before work begins if the data are not in order or the folder is in use."
     out = Path(out)
-    whole, made = out / ".part", not out.exists()
-    refuse_used(out, "the mosaics", left=[whole.name])  # of a call that was killed
-    shutil.rmtree(whole, ignore_errors=True)
+    whole, made = out / "unfinished", not out.exists()
+    refuse_used(out, "name another folder for the mosaics")
     with writing(out):
-        whole.mkdir(parents=True)  # before the work: a read-only place is refused at once
+        whole.mkdir(parents=True)  # before the work: a read-only place is refused at once, and so is a second call
     try:
         refuse_bad_data(root)
         tiles = load_tiles(root, "test", after=(train := load_tiles(root, "train")))
@@ -546,8 +546,6 @@ def write_mosaics(
             write_atomic(whole / f"mosaic_{number:04}.csv", pd.DataFrame(np.where(grid < 0, "", ids[grid])).to_csv(index=False, header=False))
             picture = draw_mosaic(grid, tiles.images, train.masks, np.arange(len(ids)) < len(train))
             write_atomic(whole / f"mosaic_{number:04}.png", cv2.imencode(".png", picture[:, :, ::-1])[1].tobytes())
-        if others := sorted(path.name for path in out.iterdir() if path != whole):
-            raise SaltError(f"{out} has got {others[0]} from elsewhere meanwhile: name another folder for the mosaics.")
         for path in whole.iterdir():
             path.replace(out / path.name)
     finally:

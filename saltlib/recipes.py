@@ -240,7 +240,7 @@ class Folds(Strict):
     n: Whole = Field(5, ge=2, le=1000)
     use: tuple[Whole, ...] = Field(default_factory=lambda given: tuple(range(given["n"])))  # folds to train, each validated on its own tiles; left out: all
     by: Literal["depth", "mosaic"] = "depth"  # as published, or each mosaic in one fold
-    file: str | None = None  # a fold file of your own (id,fold) instead
+    file: Annotated[str, Field(min_length=1)] | None = None  # a fold file of your own (id,fold) instead
 
     @model_validator(mode="after")
     def folds_exist(self):
@@ -313,6 +313,10 @@ class Recipe(Strict):
                         )
                     if known[path].shared or known[path].synthetic:
                         raise ValueError(f"the ensemble of {round_name} names {member}, which is shared by all folds and has no predictions out of fold")
+        used = {phase.start for phase in known.values()}
+        used |= {full_name(name, member) for name, round_ in self.rounds.items() for group in round_.ensemble.values() for member in group.members}
+        if idle := [where for where in known if where not in used]:
+            raise ValueError(f"{idle[0]} would be trained for nothing: name it in its round's ensemble or as another phase's start, or leave it out")
         return self
 
 
@@ -629,8 +633,10 @@ def part_read(
     recipe: Recipe,
     step: Step,
     needed: Step,  # one of its `step_inputs`
-) -> str:  # what the names of the files begin with; '': any
+) -> str | tuple[str, ...]:  # what the names of the files begin with; '': any
     "Which results of another step decide those of a step."
+    if needed.kind == "prepare" and step.kind in ("train", "predict"):
+        return "tiles.csv", "folds.csv"  # not the mosaics, on which the folds' own table may depend
     if needed.kind == "train" and step.kind != "report":
         return "weights/"
     return pseudo_labels_of(recipe, step.fold) if needed.kind == "ensemble" and step.kind == "train" else ""

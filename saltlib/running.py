@@ -168,7 +168,7 @@ def hold_gpu(
 # %% ../nbs/18_running.ipynb #4d14a8dd
 def run_step(
     kind: str,  # a notebook in nbs/runs
-    recipe_file: str,  # outputs/<recipe>/recipe.yaml, relative to the project
+    recipe_file: str,  # outputs/<recipe>/recipe.yaml
     round: str = "",  # of a train, predict or ensemble step
     phase: str = "",  # of a train or predict step
     fold: int | None = None,  # of a train or predict step; None: of a phase that all folds share
@@ -176,7 +176,8 @@ def run_step(
     per_gpu: int = 1,  # steps that may share a GPU, where there are several
 ) -> None:
     "Carry out one step of a recipe, if its record does not say that it is done. `SaltError` if the recipe has no such step."
-    os.chdir(project_root())
+    recipe_file = from_root(Path(recipe_file), root := project_root())
+    os.chdir(root)
     recipe = read_recipe(recipe_file)
     if Path(recipe_file).name != "recipe.yaml" or Path(recipe_file).absolute().parent.name != recipe.name:
         raise SaltError(f"{recipe_file} is not the recipe of a run: give outputs/{recipe.name}/recipe.yaml, which salt run writes.")
@@ -754,6 +755,8 @@ def refuse_options(
         raise SaltError("--per-gpu shares the GPUs of this machine, but this run has none: leave it out.")
     if cores and cluster:
         raise SaltError("--cores counts the cores of this machine, but with --profile a cluster deals out its own: leave it out.")
+    if cores and cores > usable_cores():
+        raise SaltError(f"--cores {cores} asks for more than this machine has for the run: give it 1 to {usable_cores()}, or leave it out for all.")
 
 
 def refuse_fold_file(
@@ -778,7 +781,7 @@ def refuse_start(
     check_settings(recipe, outputs)
     folder = recipe_folder(recipe, outputs)
     if not any((folder / part).exists() for part in ("recipe.yaml", "prepare")):
-        refuse_used(folder, f"the run {recipe.name}", left=[".lock", ".snakemake"])
+        refuse_used(folder, f"give the run {recipe.name} another name with --set name=...", left=[".lock", ".snakemake"])
     record, begun = read_record(prepare := step_folder(recipe, Step("prepare"), outputs)), begun_recipe(recipe, outputs)
     if record is None or (changed := changed_files(prepare, record)):  # it is done again
         if recipe.folds.file:
@@ -853,8 +856,8 @@ def run_recipe(
         return
     if cluster and re.search(r"(?m)^executor: *slurm\b", (cluster / "config.yaml").read_text()) and not shutil.which("sbatch"):
         raise SaltError(f"--profile {profile} hands the steps to Slurm, but there is no command sbatch here: run it on a machine of the cluster.")
-    if recipe.device == "cuda" and not cluster:
-        pick_device("cuda")  # said here once, not by each training
+    if (recipe.device == "cuda" or gpus) and not cluster:
+        pick_device(recipe.device)  # that torch can't use the GPU is said here once, not by each training
     from saltlib.nursery import nursery
 
     with hold(folder / ".lock", f"A run of {recipe.name}") as lock:

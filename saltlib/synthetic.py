@@ -302,7 +302,7 @@ def make_dataset(
 ) -> Path:  # the folder
     "Write a data folder of the competition's shape from synthetic sections. `SaltError` if the folder is in use or cannot be written."
     root = Path(root).resolve()  # a link's place, which the data take
-    refuse_used(root, "the synthetic data")
+    refuse_used(root, "name another folder for the synthetic data")
     shape = height_tiles, width_tiles
     n = n_sections * height_tiles * width_tiles
     whole = all(isinstance(number, int | np.integer) for number in (n_sections, seed, *shape))

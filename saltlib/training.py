@@ -9,7 +9,7 @@ __all__ = ['SCHEDULES', 'OPTIMIZERS', 'WITHOUT_FILE', 'BatchesOn', 'memory_forma
            'Checkpoint', 'read_checkpoint', 'make_loaders', 'refuse_phase', 'begin_network', 'fit_phase']
 
 # %% ../nbs/09_training.ipynb #101a3bd3
-import contextlib, io, math, time, warnings
+import contextlib, gc, io, math, time, warnings
 from functools import partial
 from pathlib import Path
 
@@ -137,15 +137,16 @@ def capture(
     plain, state = network.forward, {name: tensor.clone() for name, tensor in network.state_dict().items()}
     half = half_dtype(x.device)
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # the recording has a stream of its own, as it must
+    gc.collect()  # an earlier recording that was freed while this one is made would spoil it
     try:
         # The passes draw random numbers; a training that goes on would record in another epoch, and must not draw others.
         with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.autocast(x.device.type, half, enabled=half is not None, cache_enabled=False):
             torch.cuda.make_graphed_callables(network, (x.clone(),), allow_unused_input=True)
-    except RuntimeError as error:  # an operation that can't be recorded
+    except (RuntimeError, AssertionError) as error:  # an operation that can't be recorded, a network with hooks
         warnings.warn(f"No CUDA graphs of {type(network).__name__}, so its training is slower: {error}")
     network.load_state_dict(state)  # the passes that precede the recording have moved the batch norms
-    captured = network.forward
-    network.forward = lambda views: captured(views) if views.shape == x.shape else plain(views)
+    captured, full = network.forward, x.shape
+    network.forward = lambda views: captured(views) if views.shape == full else plain(views)
 
 
 class Captured(Callback):
@@ -477,6 +478,8 @@ def refuse_phase(
     for given, known in ((schedule, SCHEDULES), (optimizer, OPTIMIZERS)):
         if set(given) != {"name", *known[given["name"]]}:
             raise SaltError(f"{given['name']} takes {', '.join(known[given['name']]) or 'no settings'}, and not {given}.")
+    if schedule["name"] == "one_cycle" and optimizer["name"] == "rmsprop":
+        raise SaltError("one_cycle moves the momentum, which rmsprop has none of: choose another schedule or optimizer.")
     if epochs < 1 or any(tiles.masks is None or not len(tiles) for tiles in (train, valid)):
         raise SaltError(
             "A training needs an epoch, tiles with masks to learn from and such to be scored on, "

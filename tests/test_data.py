@@ -253,6 +253,21 @@ def test_damage_is_named(root, kind):
         refuse_bad_data(root)
 
 
+def test_what_is_hidden_is_passed_over(root):
+    (root / "test/images/.#t0.png").symlink_to("somebody@host.123")  # as Emacs locks a file
+    (root / "test/images/.DS_Store").write_bytes(b"")
+    assert check_data(root) == []
+
+
+def test_a_place_that_cannot_be_looked_at(root):
+    "Path.exists raises there, before Python 3.12 at least."
+    place = root / ("x" * 300)
+    assert check_data(place) == [f"{place} is missing."]
+    for split in ("train", "test"):
+        with pytest.raises(SaltError, match=f"{split}.zip is missing"):
+            load_tiles(place, split)
+
+
 @pytest.mark.parametrize("kind, split, words", [
     ("truncated", "train", "train/images/aa.png is truncated"), ("a flipped bit", "test", "test/images/t1.png is damaged"),
     ("image without a mask", "train", "train/masks/aa.png is missing"), ("a PNG bomb", "test", "test/images/t1.png is 2147483647"),
@@ -563,11 +578,11 @@ PROBS = np.random.default_rng(0).random((200, 9, 9), dtype=np.float32)
 def test_store_reads_any_order(tmp_path):
     store = PredictionStore.create(tmp_path / "a" / "p.zarr", IDS, size=9)
     for rows in store.pending():
-        assert not store.complete
+        assert store.pending()
         store.write(rows, PROBS[rows])
     again = PredictionStore(tmp_path / "a" / "p.zarr")
     order = np.random.default_rng(1).permutation(200)[:120]
-    assert again.complete and again.pending() == []
+    assert again.pending() == []
     assert np.allclose(again.read(IDS[order]), PROBS[order], atol=5e-4) and again.read().dtype == np.float32
     assert again.read([]).shape == (0, 9, 9)
     assert os.listdir(tmp_path / "a") == ["p.zarr"]
@@ -578,7 +593,7 @@ def test_store_keeps_tiles_without_any_salt(tmp_path):
     for rows, probs in zip(store.pending(), (np.zeros((64, 9, 9)), np.ones((36, 9, 9)))):
         store.write(rows, probs)
     again = PredictionStore.create(tmp_path / "p.zarr", IDS[:100], size=9)
-    assert again.complete and not again.read(IDS[:64]).any() and (again.read(IDS[64:100]) == 1).all()
+    assert again.pending() == [] and not again.read(IDS[:64]).any() and (again.read(IDS[64:100]) == 1).all()
     again.write(slice(64, 100), np.full((36, 9, 9), 1e-6))  # rounded to 0
     assert not PredictionStore(tmp_path / "p.zarr").read().any()
 

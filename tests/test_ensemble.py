@@ -36,7 +36,7 @@ def peak_memory(folder, tiles: int, members: int) -> int:
     tables = average_round(Ensemble([Group({0: stores}, stretch=True)], ids), images, mean, clean=True)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert mean.complete and len(tables[0]) == len(tables[None]) == tiles
+    assert mean.pending() == [] and len(tables[0]) == len(tables[None]) == tiles
     return peak
 
 

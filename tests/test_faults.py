@@ -107,12 +107,21 @@ def test_what_follows_stands_if_a_step_comes_out_as_it_was(run):
 def test_a_step_that_read_something_else_is_done_again(run):
     recipe, outputs = run
     first, *others = recipe_steps(recipe)
-    write_atomic(step_folder(recipe, first, outputs) / "one.csv", "other folds")
-    finish(recipe, first, outputs)
+    write_atomic(step_folder(recipe, first, outputs) / "folds.csv", "other folds")
+    finish(recipe, first, outputs, "folds.csv")
     outdated = outdated_steps(recipe, outputs)
     assert list(outdated) == others
     again = sum(step.kind == "train" for step in others)
     assert outdated_lines(recipe, outdated, others, outputs) == [f"Finished trainings whose inputs are no longer the same, and that are done again: {again}."]
+
+
+def test_other_mosaics_cost_no_training(run):
+    "Such as a changed rule finds, when they were lost and are made again."
+    recipe, outputs = run
+    first, training, predicting, *others = recipe_steps(recipe)
+    write_atomic(step_folder(recipe, first, outputs) / "mosaics.csv", "other mosaics")
+    finish(recipe, first, outputs, "mosaics.csv")
+    assert list(outdated_steps(recipe, outputs)) == others and {step.kind for step in others} == {"ensemble", "report"}
 
 
 @pytest.fixture
@@ -141,8 +150,8 @@ def test_what_does_not_run_now_stays(run, project, capsys):
 def test_a_run_that_ends_early_does_not_call_the_outdated_done(run, project, capsys):
     recipe, outputs = run
     first, *others = recipe_steps(recipe)
-    write_atomic(step_folder(recipe, first, outputs) / "one.csv", "other folds")
-    finish(recipe, first, outputs)
+    write_atomic(step_folder(recipe, first, outputs) / "folds.csv", "other folds")
+    finish(recipe, first, outputs, "folds.csv")
     run_recipe(recipe, until="prepare")
     said = capsys.readouterr().out
     again = sum(step.kind == "train" for step in others)
@@ -264,7 +273,7 @@ def test_a_run_without_its_data_loses_nothing(run, project):
 def test_a_run_takes_no_folder_that_holds_something_else(run, project):
     recipe, outputs = run
     write_atomic(outputs / "mean/submission.csv", "id,rle_mask\n")
-    with pytest.raises(SaltError, match="outputs/mean is there already and not empty: delete it or name another folder for the run mean"):
+    with pytest.raises(SaltError, match="outputs/mean is there already and not empty: delete it or give the run mean another name with --set name="):
         run_recipe(recipe.model_copy(update={"name": "mean"}))
     assert [path.name for path in (outputs / "mean").iterdir()] == ["submission.csv"]
 

@@ -237,14 +237,19 @@ def test_hardly_a_tile_is_left_that_could_be_placed(tgs):
 
 
 def test_two_into_one_folder_do_not_mix(tmp_path, monkeypatch):
-    "The second to come to its end is refused, and leaves nothing behind."
+    "While one is at work or writes, a second is refused at once and takes nothing away."
     data, out = make_dataset(tmp_path / "data", n_sections=1, seed=3, height_tiles=2, width_tiles=3), tmp_path / "mosaics"
+    alone = mosaic.write_mosaics(data, tmp_path / "alone")
 
-    def find_slowly(images, **settings):
-        (out / "pairs.csv").write_text("another's")
-        return find_neighbors(images, **settings)
+    def beside_another(function):
+        def called(*args, **settings):
+            with pytest.raises(SaltError, match="mosaics is there already and not empty"):
+                mosaic.write_mosaics(data, out)
+            return function(*args, **settings)
 
-    monkeypatch.setattr(mosaic, "find_neighbors", find_slowly)
-    with pytest.raises(SaltError, match="mosaics has got pairs.csv from elsewhere"):
-        mosaic.write_mosaics(data, out)
-    assert {path.name for path in tmp_path.iterdir()} == {"data", "mosaics"} and [path.name for path in out.iterdir()] == ["pairs.csv"]
+        return called
+
+    monkeypatch.setattr(mosaic, "find_neighbors", beside_another(find_neighbors))
+    monkeypatch.setattr(mosaic, "write_atomic", beside_another(mosaic.write_atomic))
+    assert len(mosaic.write_mosaics(data, out)) == len(alone)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {path.name: path.read_bytes() for path in (tmp_path / "alone").iterdir()}

@@ -20,7 +20,7 @@ import yaml
 from conftest import ROOT
 from filelock import FileLock
 
-from saltlib import running
+from saltlib import core, running
 from saltlib.cli import main, show_status
 from saltlib.core import SaltError, StepRecord, checksum, gpu_works, read_record, seal
 from saltlib.data import PredictionStore, load_tiles, read_folds, read_rle_csv, rle_decode
@@ -269,7 +269,7 @@ def test_out_of_fold_predictions_stand_beside_those_of_the_test_tiles(finished):
     test = set(load_tiles(project / "data/demo", "test").ids)
     for fold in (0, 1):
         store = PredictionStore(run / f"round2/compact/fold{fold}/predict/predictions.zarr")
-        assert store.complete and set(store.ids) == test | set(folds.index[folds == fold])
+        assert store.pending() == [] and set(store.ids) == test | set(folds.index[folds == fold])
     scores = pd.read_csv(run / "round2/ensemble/out_of_fold.csv", dtype={"id": str})
     assert set(scores["id"]) == set(folds.index[folds.isin([0, 1])]) and (folds[scores["id"]].to_numpy() == scores["fold"]).all()
 
@@ -341,6 +341,7 @@ def test_what_a_finished_run_refuses_and_mends(project, monkeypatch, capsys):
         ("run", "demo"): "give this run a name of its own with --set name=",
         ("run", "demo", "--set", "name=mine", "--set", "folds.file=nbs/runs/recipes/demo.yaml"): "demo.yaml",
         **({} if gpu_works() else {("run", "demo", "--set", "name=mine", "--set", "device=cuda"): "Device cuda was asked for, but torch"}),
+        ("run", "demo", "--cores", "9999"): "asks for more than this machine has",
         ("run", "demo", *SHORT, "--profile", "nonsense", "--dry-run"): "There is no profile nonsense",
         ("run", "demo", "--set", "name=mine", "--set", "folds.file=nowhere.csv"): "There is no file nowhere.csv",
     }.items():
@@ -508,8 +509,20 @@ def test_steps_share_a_gpu_if_asked_to(tmp_path, monkeypatch):
     with pytest.raises(SaltError, match="this run has none: leave it out"):
         running.run_recipe(recipe, per_gpu=3, quiet=True)
     assert len(commands) == 1
+    monkeypatch.setattr(running, "usable_cores", lambda: 4)
     running.run_recipe(recipe, cores=3, quiet=True)  # without a GPU, trainings share the cores that were asked for
     assert commands[1][commands[1].index("--cores") + 1] == "3" and "cores=3" in commands[1]
+
+
+@pytest.mark.skipif(gpu_works(), reason="torch can use this machine's GPU")
+def test_a_gpu_that_torch_cannot_use_is_said_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.chdir(make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=4))
+    monkeypatch.setattr(running, "watch", None)
+    for module in (core, running):
+        monkeypatch.setattr(module, "visible_gpus", lambda: ["0"])
+    with pytest.raises(SaltError, match="There is a GPU that torch .* can't use"):
+        running.run_recipe(running.load_recipe("demo", None, ["device=auto"]), quiet=True)
+    assert not (tmp_path / "project/outputs/demo").exists()
 
 
 def test_a_step_has_its_threads_and_a_place_on_a_gpu(tmp_path, monkeypatch):
@@ -533,9 +546,8 @@ def test_a_step_has_its_threads_and_a_place_on_a_gpu(tmp_path, monkeypatch):
 def test_trainings_alone_end_with_the_round_before_predictions(tmp_path, monkeypatch):
     "Also where a phase of the next round needs none."
     monkeypatch.chdir(make_project(tmp_path / "project", n_sections=1, height_tiles=2, width_tiles=4))
-    recipe = running.load_recipe(
-        "demo", None, ["rounds.round2.phases.more={model: compact, start: round1/compact, epochs: 1, batch_size: 8, lr: 1e-3, loss: bce_dice}"],
-    )
+    more = "{model: compact, start: round1/compact, epochs: 1, batch_size: 8, lr: 1e-3, loss: bce_dice}"
+    recipe = running.load_recipe("demo", None, [f"rounds.round2.phases.more={more}", "rounds.round2.ensemble={compact: 1, more: 1}"])
     commands = []
     monkeypatch.setattr(running, "watch", lambda command, *_: commands.append(command))
     running.run_recipe(recipe, until="train", quiet=True)
