@@ -7,8 +7,9 @@ __all__ = ['ID', 'SIZE', 'LARGEST_FILE', 'CHUNK', 'refuse', 'find_rows', 'shown'
            'TileFiles', 'folder_files', 'leaves_folder', 'zip_files', 'open_split', 'decode_all', 'stack_tiles',
            'Tiles', 'how_to_mend', 'parse_depth', 'load_tiles', 'tile_checksums', 'load_images', 'as_masks',
            'encode_masks', 'rle_encode', 'rle_decode', 'write_rle_csv', 'read_rle_csv', 'check_ids', 'check_masks',
-           'check_data', 'refuse_bad_data', 'is_black', 'unique_pixels', 'make_folds', 'group_numbers',
-           'coverage_strata', 'deal_groups', 'write_folds', 'read_folds', 'PredictionStore']
+           'check_data', 'refuse_bad_data', 'write_table', 'write_png', 'write_tiles', 'is_black', 'unique_pixels',
+           'make_folds', 'group_numbers', 'coverage_strata', 'deal_groups', 'write_folds', 'read_folds',
+           'PredictionStore']
 
 # %% ../nbs/01_data.ipynb #db61189d
 import contextlib, csv, hashlib, itertools, os, re, shlex, shutil, struct, zipfile, zlib
@@ -19,7 +20,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from .core import SaltError, ahead, usable_cores, write_atomic, writing
+from .core import SaltError, ahead, refuse_used, usable_cores, write_atomic, writing
 
 # %% ../nbs/01_data.ipynb #6e7a26ca
 def refuse(
@@ -323,7 +324,10 @@ def how_to_mend(
 ) -> str:
     "What to do about a data folder that is refused."
     if not os.path.exists(Path(root) / "train.csv"):
-        return "README tells under 'With your Kaggle data' how to get them, salt demo writes synthetic ones to data/demo; salt run --data names another folder."
+        return (
+            "README tells under 'With your Kaggle data' how to get them and under 'With labelled tiles of your own' how to write them; "
+            "salt demo writes synthetic ones to data/demo; salt run --data names another folder."
+        )
     return f"Mend or fetch these files again; salt check-data {shlex.quote(str(root))} lists everything that is wrong."
 
 
@@ -537,6 +541,54 @@ def refuse_bad_data(
 ) -> None:
     "`SaltError` with the first 20 problems of a data folder and their number, if there are any."
     refuse(check_data(root), root, how_to_mend(root))
+
+# %% ../nbs/01_data.ipynb #0wn5e101
+def write_table(
+    path: Path,
+    header: str,  # names of the columns, separated by commas
+    rows: list[tuple],  # written in their natural order
+) -> Path:
+    "A CSV file."
+    lines = [header, *(",".join(map(str, row)) for row in sorted(rows))]
+    return write_atomic(path, "\n".join(lines) + "\n")
+
+
+def write_png(
+    path: Path,
+    image: np.ndarray,  # uint8 [H,W]
+) -> None:
+    "A grey PNG, always compressed alike."
+    path.write_bytes(cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 3])[1].tobytes())
+
+
+def write_tiles(
+    root: str | Path,  # folder to fill; it may exist if it is empty
+    train: Tiles,  # with masks
+    test: Tiles,  # 1 or more; masks, if they have any, are not written
+) -> None:
+    "Write a data folder in the competition's shape. `SaltError`, before anything is written, if the folder is in use, or for ids or tiles that are none."
+    root, problems = Path(root), []
+    refuse_used(root, "name another folder for the tiles")
+    for split, tiles in {"train": train, "test": test}.items():
+        if not len(tiles) or tiles.images.dtype != np.uint8 or tiles.images.shape != (len(tiles), SIZE, SIZE):
+            problems.append(f"{split} tiles are uint8 [N, {SIZE}, {SIZE}], one or more with an id each, not {tiles.images.dtype} {list(tiles.images.shape)}.")
+        problems += [f"{shown(id)} is no id: use letters, digits, _ and -." for id in tiles.ids.tolist() if not ID.fullmatch(id)]
+        strange = [(id, z) for id, z in zip(tiles.ids.tolist(), tiles.depths.tolist()) if parse_depth(str(z)) is None]
+        problems += [f"The depth of {id} is {z}: not a whole number of feet." for id, z in strange]
+    if train.masks is None or train.masks.shape != train.images.shape:
+        problems.append("The train tiles lack masks of their size.")
+    ids, count = np.unique(np.concatenate([train.ids, test.ids]), return_counts=True)
+    problems += [f"{id} is the id of {n} tiles." for id, n in zip(ids[count > 1].tolist(), count[count > 1].tolist())]
+    refuse(problems, root, "Nothing was written: mend these tiles first.")
+    pictures = {"train/images": train.images, "train/masks": as_masks(train.masks).astype(np.uint8) * 255, "test/images": test.images}
+    with writing(root):
+        for kind, images in pictures.items():
+            (folder := root / kind).mkdir(parents=True)
+            for id, image in zip((train if kind.startswith("train") else test).ids, images):
+                write_png(folder / f"{id}.png", image)
+        write_table(root / "depths.csv", "id,z", [(id, z) for tiles in (train, test) for id, z in zip(tiles.ids, tiles.depths)])
+        write_table(root / "train.csv", "id,rle_mask", [*zip(train.ids, encode_masks(train.masks))])
+        write_table(root / "sample_submission.csv", "id,rle_mask", [(id, "1 1") for id in test.ids])
 
 # %% ../nbs/01_data.ipynb #c4d7e9ad
 def is_black(

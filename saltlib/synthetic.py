@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'smooth_noise', 'rough_coordinates', 'salt_body', 'salt_bodies', 'cut_tiles', 'lay_tiles', 'layer_coordinate',
            'beds', 'reflectivity', 'ricker', 'apply_wavelet', 'automatic_gain', 'model_section', 'to_grey',
-           'make_section', 'adjacent', 'write_table', 'write_png', 'section_tiles', 'make_tiles', 'make_dataset',
-           'write_sections', 'demo_data']
+           'make_section', 'adjacent', 'section_tiles', 'make_tiles', 'make_dataset', 'write_sections', 'demo_data']
 
 # %% ../nbs/02_synthetic.ipynb #921f65dc
 import tempfile
@@ -17,8 +16,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from .core import SaltError, refuse_used, write_atomic, writing
-from .data import SIZE, Tiles, encode_masks
+from .core import SaltError, refuse_used, writing
+from .data import SIZE, Tiles, encode_masks, write_png, write_table
 
 # %% ../nbs/02_synthetic.ipynb #cd4530c3
 def smooth_noise(
@@ -250,24 +249,6 @@ def adjacent(
     "All pairs of neighbours in a grid."
     pairs = {"right": (grid[:, :-1], grid[:, 1:]), "down": (grid[:-1], grid[1:])}
     return [(*pair, direction) for direction, (a, b) in pairs.items() for pair in zip(a.ravel().tolist(), b.ravel().tolist())]
-
-
-def write_table(
-    path: Path,
-    header: str,  # names of the columns, separated by commas
-    rows: list[tuple],  # written in their natural order
-) -> Path:
-    "A CSV file."
-    lines = [header, *(",".join(map(str, row)) for row in sorted(rows))]
-    return write_atomic(path, "\n".join(lines) + "\n")
-
-
-def write_png(
-    path: Path,
-    image: np.ndarray,  # uint8 [H,W]
-) -> None:
-    "A grey PNG, always compressed alike."
-    path.write_bytes(cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 3])[1].tobytes())
 
 # %% ../nbs/02_synthetic.ipynb #feca1a90
 def section_tiles(
