@@ -230,7 +230,7 @@ def make_parser() -> argparse.ArgumentParser:
     mosaic.add_argument("--out", required=True, metavar="DIR", help="new folder: pairs.csv, a table of ids and a picture for each mosaic")
     compare = command(
         "compare", "Compare finished runs tile by tile: settings, scores with intervals, tiles that changed most.",
-        epilog="example: salt compare compact compact5 --out outputs/compare.ipynb",
+        epilog="example: salt compare five wide --out outputs/compare.ipynb",
     )
     compare.add_argument("runs", nargs="+", metavar="RUN", help="name of a run in outputs, or its folder; two or more, the others are compared with the first")
     compare.add_argument("--out", metavar="FILE", help="also write a notebook with curves and pictures: FILE.ipynb")

@@ -556,7 +556,7 @@ def expected_cost(
     stores = {"predict": train / recipe.folds.n + test, "ensemble": test}
     if sizes := [int(stores[step.kind] * SIZE**2 * 2) for step in steps if step.kind in stores]:  # bytes, in half precision
         lines.append(f"Predictions need at most {decimal(sum(sizes))} of disk ({len(sizes)} stores).")
-    return lines if tile_tables(recipe.data) else [*lines, f"{recipe.data} holds no tiles yet: counted with the competition's."]
+    return lines if tile_tables(recipe.data) else [*lines, f"{recipe.data} has no train.csv or sample_submission.csv yet: counted with the competition's."]
 
 # %% ../nbs/18_running.ipynb #4dd69a26
 def notebook_error(
