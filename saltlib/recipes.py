@@ -636,7 +636,7 @@ def part_read(
 ) -> str | tuple[str, ...]:  # what the names of the files begin with; '': any
     "Which results of another step decide those of a step."
     if needed.kind == "prepare" and step.kind in ("train", "predict"):
-        return "tiles.csv", "folds.csv"  # not the mosaics, on which the folds' own table may depend
+        return "tiles.csv", "folds.csv"  # what the mosaics decide for them stands in folds.csv
     if needed.kind == "train" and step.kind != "report":
         return "weights/"
     return pseudo_labels_of(recipe, step.fold) if needed.kind == "ensemble" and step.kind == "train" else ""
