@@ -8,7 +8,7 @@ __all__ = ['NETWORKS', 'Measured', 'measure', 'matmul_gflops', 'forward_gflop', 
            'bench_around', 'run_bench', 'bench_table']
 
 # %% ../nbs/16_bench.ipynb #c076e76f
-import gc, io, platform, tempfile, time
+import gc, io, json, platform, tempfile, time
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from .augment import AUGMENTATIONS, augment_tile
-from .core import half_dtype, pick_device, process_memory, set_seed, usable_cores
+from .core import half_dtype, pick_device, process_memory, set_seed, usable_cores, write_atomic
 from .data import SIZE, PredictionStore, Tiles, load_tiles, encode_masks, write_rle_csv
 from .ensemble import Ensemble, Group, average_round
 from .inference import Predictor
@@ -282,16 +282,23 @@ NETWORKS = {"bes_resnext50": (8, 24), "phalanx_v4": (4, 18), "phalanx_v3": (4, 1
 def run_bench(
     quick: bool = False,  # a few tiles of each: right or wrong, but no figures to rely on
     scale: bool = False,  # instead, how time and memory grow with the tiles: once, 4 and 16 times as many
+    file: str | Path | None = None,  # JSON to keep the figures in, also those of a bench that is stopped
     tell: Callable[[str], None] = lambda line: None,  # gets a line for each piece of work that is done
 ) -> dict:  # 'machine': what was measured on; 'quick'; 'rows': as `bench_prediction`, `bench_training` and `bench_around` give them
     "Measure this machine; some minutes."
     device = pick_device("auto")
     roof = matmul_gflops(device, *((256, 0.05) if quick else ()))
     on_gpu = device.type == "cuda"
-    rows = []
+    machine = {
+        "kind": device.type, "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(), "cores": usable_cores(),
+        "precision": str(half_dtype(device) or torch.float32).removeprefix("torch."), "matmul_gflops": roof, "torch": torch.__version__,
+    }
+    bench = {"machine": machine, "quick": quick, "rows": []}
 
     def done(*new: dict):
-        rows.extend(new)
+        bench["rows"] += new
+        if file:
+            write_atomic(file, json.dumps(bench, indent=1))
         for row in new:
             plain = f", the plain way {row['plain']:.2f}" if "plain" in row else ""
             tell(f"{row['work']}: {row['tiles_per_second']:.1f} tiles/s{plain}")
@@ -315,11 +322,7 @@ def run_bench(
             batch_size = NETWORKS[name][1]
             attempt(bench_training, name, bench_tiles(batch_size if quick else 2048 if on_gpu else 256), batch_size)
         done(*bench_around(bench_tiles(64 if quick else 4000), members=2 if quick else 10))
-    machine = {
-        "kind": device.type, "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(), "cores": usable_cores(),
-        "precision": str(half_dtype(device) or torch.float32).removeprefix("torch."), "matmul_gflops": roof, "torch": torch.__version__,
-    }
-    return {"machine": machine, "quick": quick, "rows": rows}
+    return bench
 
 
 def bench_table(

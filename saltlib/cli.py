@@ -7,10 +7,10 @@ __all__ = ['console', 'print_states', 'list_runs', 'show_status', 'compare_runs'
            'predict_settings', 'run_demo', 'positive', 'make_parser', 'main']
 
 # %% ../nbs/20_cli.ipynb #02af045b
-import argparse, io, json, os, re, signal, sys
+import argparse, io, os, re, signal, sys
 from pathlib import Path
 
-from .core import SaltError, gpu_works, project_root, read_json, refuse_place, refuse_used, runs_folder, visible_gpus, write_atomic
+from .core import SaltError, gpu_works, project_root, read_json, refuse_place, refuse_used, runs_folder, visible_gpus
 from .new_tiles import predict_folder
 from .recipes import read_recipe, read_run, recipe_folder, run_names
 from .running import SCORE_NOTE, execute_notebook, find_recipe, from_root, holder, is_run, load_recipe, round_scores, run_recipe, run_step, status_rows
@@ -324,10 +324,7 @@ def main(
 
             if args.json:
                 refuse_place(args.json, "The figures")
-            bench = run_bench(args.quick, args.scale, tell=lambda line: print(line, file=sys.stderr, flush=True))
-            console().print(bench_table(bench))
-            if args.json:
-                write_atomic(args.json, json.dumps(bench, indent=1))
+            console().print(bench_table(run_bench(args.quick, args.scale, args.json, tell=lambda line: print(line, file=sys.stderr, flush=True))))
         elif args.command == "step":
             run_step(args.kind, args.recipe_file, args.round, args.phase, args.fold, args.threads, args.per_gpu)
     except SaltError as error:
