@@ -85,7 +85,7 @@ def refuse_place(
 
 def write_atomic(
     path: str | Path,  # final place; its folder is made if missing
-    data: str | bytes,  # the whole content
+    data: str | bytes | Iterable[str],  # the whole content, or its pieces, of which memory then holds one at a time
 ) -> Path:
     """Write `data` so that `path` is either as before or complete, also after a crash or on a full disk. `SaltError` if that fails,
     or if it is a folder or a device."""
@@ -98,7 +98,8 @@ def write_atomic(
                 raise OSError(errno.EEXIST, "no file, but something else, has this name")
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(scratch, "wb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
+                for piece in [data] if isinstance(data, str | bytes) else data:
+                    file.write(piece.encode() if isinstance(piece, str) else piece)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(scratch, path)

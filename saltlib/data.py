@@ -450,8 +450,8 @@ def write_rle_csv(
     codes: list[str],  # [N] run-length codes, as from `encode_masks`
 ) -> Path:
     "Write the table id,rle_mask."
-    rows = "".join(f"{id},{code}\n" for id, code in zip(ids, codes, strict=True))
-    return write_atomic(path, "id,rle_mask\n" + rows)
+    rows = (f"{id},{code}\n" for id, code in zip(ids, codes, strict=True))
+    return write_atomic(path, itertools.chain(["id,rle_mask\n"], rows))
 
 
 def read_rle_csv(
