@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from .core import SaltError, refuse_used, writing
-from .data import SIZE, Tiles, encode_masks, write_png, write_table
+from .data import SIZE, Tiles, encode_masks, write_table, write_tiles
 
 # %% ../nbs/02_synthetic.ipynb #cd4530c3
 def smooth_noise(
@@ -316,25 +316,15 @@ def write_sections(
     is_train = (rng.permutation(n) < round(train_share * n)).reshape(ids.shape)
     black = (rng.random(n) < black_share).reshape(ids.shape)
     top = rng.integers(50, 700, n_sections)
-    for folder in ("train/images", "train/masks", "test/images"):
-        (root / folder).mkdir(parents=True)
-    train, test, depths, neighbors = [], [], [], []
-    for k in range(n_sections):
-        (images, masks), dark = section_tiles([seed, k], *shape), black[k].ravel()
-        images[dark], masks[dark] = 0, False
-        for id, image, mask, code, trains in zip(ids[k].flat, images, masks, encode_masks(masks), is_train[k].flat):
-            write_png(root / ("train" if trains else "test") / "images" / f"{id}.png", image)
-            if trains:
-                write_png(root / "train" / "masks" / f"{id}.png", mask.astype(np.uint8) * 255)
-            (train if trains else test).append((id, code))
-        depths += [(id, int(top[k]) + 50 * row) for row, line in enumerate(ids[k]) for id in line]
-        hidden = set(ids[k][black[k]])
-        neighbors += [pair for pair in adjacent(ids[k]) if not hidden & set(pair)]
+    images, masks = map(np.concatenate, zip(*(section_tiles([seed, k], *shape) for k in range(n_sections))))
+    images[black.ravel()], masks[black.ravel()] = 0, False
+    depths = np.broadcast_to(top[:, None, None] + 50 * np.arange(shape[0])[:, None], ids.shape)
+    tiles, trains = Tiles(ids.ravel(), images, masks, depths.ravel()), is_train.ravel()
+    write_tiles(root, tiles[trains], test := tiles[~trains])
+    write_table(root / "test_truth.csv", "id,rle_mask", [*zip(test.ids, encode_masks(test.masks))])
+    hidden = set(ids[black])
+    neighbors = [pair for grid in ids for pair in adjacent(grid) if not hidden & set(pair)]
     write_table(root / "neighbors.csv", "first,second,direction", neighbors)
-    write_table(root / "test_truth.csv", "id,rle_mask", test)
-    write_table(root / "depths.csv", "id,z", depths)
-    write_table(root / "train.csv", "id,rle_mask", train)
-    write_table(root / "sample_submission.csv", "id,rle_mask", [(id, "1 1") for id, _ in test])
 
 
 

@@ -119,7 +119,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     def full_disk(path, image):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("saltlib.synthetic.write_png", full_disk)
+    monkeypatch.setattr("saltlib.data.write_png", full_disk)
     with pytest.raises(SaltError, match="No space left on device"):
         make_dataset(tmp_path / "data", n_sections=1, seed=1)
     assert list(tmp_path.iterdir()) == []
